@@ -1,0 +1,334 @@
+"""Files that are never torn, and runs that are never lost: the one mechanism behind every stage.
+
+- A file of tensors is in safetensors form (an 8-byte length, a JSON header, raw tensors), so transformers opens our weights and
+  no pickle is ever executed.  Its header also holds a sha256 of everything else: a flipped bit is found on reading.
+- A file gets its name only when it is whole and on the disk (temporary name, fsync, rename).
+- A stage is a loop over `resumable(...)`: it saves the loop's state now and then and goes on from the newest sound save.
+  Random numbers are a function of (seed, names, step), so that resuming exactly needs no random state to be kept.
+- `stage.json` in a stage's folder tells which settings and which upstream artifacts it was made with.
+"""
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:                                                  # Windows has no flock: there, nobody guards the folder
+    fcntl = None
+
+FORMAT = 1                                                           # of stages and resume files; raised when they change
+DTYPES = {"F64": torch.float64, "I64": torch.int64, "F32": torch.float32, "I32": torch.int32, "F16": torch.float16,
+          "BF16": torch.bfloat16, "I16": torch.int16, "U8": torch.uint8, "I8": torch.int8, "BOOL": torch.bool}
+
+
+class UserError(ValueError):
+    """What a user can cause and mend.  Its text is the one sentence that they see: what, where, what to do."""
+
+
+class Stopped(BaseException):
+    """Ctrl-C or SIGTERM came, and what was under way has been saved."""
+
+
+# ---- whole files -----------------------------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def atomic(path, mode="wb"):
+    """Opens a file for writing that takes the name `path` only when it is whole and on the disk."""
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, mode) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
+        raise UserError(f"cannot write {path}: {error.strerror or error} ({free:,} bytes are free there); what stood there "
+                        "before is untouched: make room, or name another folder by --run") from error
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def sync_folder(folder):
+    """Makes a rename in `folder` last through a power cut, where the system can."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+
+
+def write_tensors(path, tensors, meta=None):
+    """Writes {name: tensor} and a JSON-able `meta` as a safetensors file; returns its sha256 (of header and data)."""
+    tensors = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
+    names = sorted(tensors, key=lambda k: (-tensors[k].element_size(), k))   # widest first: every tensor lies aligned
+    header, offset = {"__metadata__": {"format": "pt", "meta": json.dumps(meta), "sha256": "0" * 64}}, 0
+    code = {dtype: name for name, dtype in DTYPES.items()}
+    for k in names:
+        size = tensors[k].numel() * tensors[k].element_size()
+        header[k] = {"dtype": code[tensors[k].dtype], "shape": list(tensors[k].shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    data = [tensors[k].reshape(-1).view(torch.uint8).numpy() for k in names]
+    digest = hashlib.sha256(text)
+    for block in data:
+        digest.update(block)
+    with atomic(path) as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text.replace(b"0" * 64, digest.hexdigest().encode(), 1))
+        for block in data:
+            file.write(block)
+    return digest.hexdigest()
+
+
+def read_tensors(path):
+    """Reads a safetensors file -> ({name: tensor}, meta).  UserError where it is torn, or differs from what was written."""
+    path = Path(path)
+    try:
+        blob = bytearray(path.read_bytes())
+        length = int.from_bytes(blob[:8], "little")
+        header = json.loads(blob[8:8 + length].decode())
+        info = header.pop("__metadata__", {})
+        if "sha256" in info:                                         # a file of ours: nothing in it may have changed
+            blob[8:8 + length] = blob[8:8 + length].replace(info["sha256"].encode(), b"0" * 64, 1)
+            if hashlib.sha256(memoryview(blob)[8:]).hexdigest() != info["sha256"]:
+                raise ValueError("its checksum does not match")
+        tensors = {}
+        for name, entry in header.items():
+            begin, end = (8 + length + o for o in entry["data_offsets"])
+            dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
+            if end > len(blob) or end - begin != torch.Size(shape).numel() * dtype.itemsize:
+                raise ValueError(f"{name} lies outside of it")
+            flat = torch.frombuffer(blob, dtype=dtype, count=(end - begin) // dtype.itemsize, offset=begin) if end > begin \
+                else torch.empty(0, dtype=dtype)
+            tensors[name] = flat.view(shape)
+        return tensors, json.loads(info.get("meta", "null"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RuntimeError) as error:
+        raise UserError(f"{path} is corrupt or incomplete ({error}): remove it, and it is made again") from error
+
+
+# ---- stages ----------------------------------------------------------------------------------------------------------------
+
+def rng(seed, *names):
+    """A random generator (CPU) that depends on (seed, names) alone: the same draws whenever, wherever it is asked for."""
+    digest = hashlib.sha256(repr((seed, *names)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+def begin(folder, settings, upstream=()):
+    """Opens a stage's folder; True if its artifact is finished.  UserError if the folder was made with anything else.
+
+    settings: {name: JSON-able value}.  upstream: the folders of the finished stages that this one reads.
+    """
+    folder = Path(folder)
+    record = {"format": FORMAT, "settings": json.loads(json.dumps(settings)),
+              "upstream": {Path(u).name: fingerprint(u) for u in upstream}}
+    path = folder / "stage.json"
+    if not path.exists():
+        write_json(path, record)
+        return False
+    old = read_json(path)
+    remedy = f"name another folder by --run, or remove {folder}"
+    if old.get("format") != FORMAT:
+        raise UserError(f"{folder} is of format {old.get('format')}, this code writes {FORMAT}: {remedy}")
+    was, now = old["settings"], record["settings"]
+    changed = [f"{k} = {was.get(k)} (now {now.get(k)})" for k in sorted({*was, *now}) if was.get(k) != now.get(k)]
+    if changed:
+        raise UserError(f"{folder} was made with {', '.join(changed)}: {remedy}")
+    stale = [k for k, v in record["upstream"].items() if old["upstream"].get(k) != v]
+    if stale:
+        raise UserError(f"{folder} was made from another {' and another '.join(stale)} than the one beside it: {remedy}")
+    for leftover in folder.glob(".*.part"):
+        leftover.unlink()
+    return "done" in old
+
+
+def finish(folder, **artifacts):
+    """Marks a stage's artifact as finished, {file name: sha256}, and removes what only an unfinished one needs."""
+    folder = Path(folder)
+    write_json(folder / "stage.json", read_json(folder / "stage.json") | {"done": artifacts})
+    for path in folder.glob("resume-*.safetensors"):
+        path.unlink()
+
+
+def fingerprint(folder):
+    """What identifies a finished artifact: a hash over its files' checksums."""
+    done = read_json(Path(folder) / "stage.json").get("done")
+    if not done:
+        raise UserError(f"{folder} is not finished: run the command that makes it again")
+    return hashlib.sha256(json.dumps(done, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def write_json(path, value):
+    with atomic(path, "w") as file:
+        json.dump(value, file, indent=1)
+
+
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): remove its folder, and it is made again") from error
+
+
+# ---- loops that can be stopped and go on -----------------------------------------------------------------------------------
+
+def resumable(folder, state, steps, every, title):
+    """Yields (step, progress bar) for the steps in 0..steps-1 still to do; saves `state` each `every` steps and at the end.
+
+    state: {name: object with state_dict() and load_state_dict()}.  The two newest saves are kept: a torn or corrupt newest one
+    is named, and the loop goes on from the one before.  On Ctrl-C or SIGTERM: finishes the step, saves, raises Stopped.
+    """
+    first = restore(folder, state)
+    with tqdm(desc=title, total=steps, initial=first, dynamic_ncols=True) as bar:
+        for step in range(first, steps):
+            with interrupts_wait():
+                yield step, bar
+                bar.update()
+                if (step + 1) % every == 0 or step + 1 == steps or pending:
+                    save(folder, step + 1, state)
+
+
+def save(folder, step, state):
+    tensors, meta = {}, {"format": FORMAT, "step": step}
+    meta["state"] = pack({name: part.state_dict() for name, part in state.items()}, tensors)
+    write_tensors(Path(folder) / f"resume-{step:08d}.safetensors", tensors, meta)
+    for old in sorted(Path(folder).glob("resume-*.safetensors"))[:-2]:
+        old.unlink()
+
+
+def restore(folder, state):
+    """Loads the newest sound save of `folder` into `state` and returns its step, 0 where there is none."""
+    for path in sorted(Path(folder).glob("resume-*.safetensors"), reverse=True):
+        try:
+            tensors, meta = read_tensors(path)
+        except UserError as error:
+            print(f"{error}; going on from the save before it", file=sys.stderr)
+            path.unlink()
+            continue
+        if meta["format"] != FORMAT or set(meta["state"]["dict"][i][0] for i in range(len(state))) != set(state):
+            raise UserError(f"{path} was written by another version of this code: remove it to start this stage again")
+        loaded = unpack(meta["state"], tensors)
+        for name, part in state.items():
+            part.load_state_dict(loaded[name])
+        return meta["step"]
+    return 0
+
+
+def pack(value, tensors):
+    """Nested dicts and lists of tensors and plain values -> the same as JSON; the tensors themselves go into `tensors`."""
+    if isinstance(value, torch.Tensor):
+        tensors[str(len(tensors))] = value
+        return {"tensor": str(len(tensors) - 1)}
+    if isinstance(value, dict):
+        return {"dict": [[k, pack(v, tensors)] for k, v in value.items()]}   # pairs: JSON would make strings of integer keys
+    if isinstance(value, list | tuple):
+        return {"list": [pack(v, tensors) for v in value]}
+    return value
+
+
+def unpack(value, tensors):
+    """The inverse of `pack`; tuples come back as lists."""
+    if not isinstance(value, dict):
+        return value
+    if "tensor" in value:
+        return tensors[value["tensor"]]
+    if "dict" in value:
+        return {k: unpack(v, tensors) for k, v in value["dict"]}
+    return [unpack(v, tensors) for v in value["list"]]
+
+
+class Log:
+    """A csv file, a row a step, as part of a loop's state: resuming cuts off the rows that the loop will write again."""
+
+    def __init__(self, path):
+        self.path, self.file, self.columns = Path(path), None, None
+
+    def write(self, **row):
+        if self.file is None:                                        # nothing was resumed: what an earlier try wrote goes
+            self.load_state_dict({"bytes": 0, "columns": None})
+        if self.columns is None:
+            self.columns = list(row)
+            self.file.write((",".join(self.columns) + "\n").encode())
+        cells = [f"{row[c]:.6g}" if isinstance(row[c], float) else str(row[c]) for c in self.columns]
+        self.file.write((",".join(cells) + "\n").encode())
+        self.file.flush()
+
+    def state_dict(self):
+        if self.file is None:
+            return {"bytes": 0, "columns": None}
+        os.fsync(self.file.fileno())                                 # the rows reach the disk before the save that counts them
+        return {"bytes": self.file.tell(), "columns": self.columns}
+
+    def load_state_dict(self, state):
+        self.columns = state["columns"]
+        self.file = open(self.path, "r+b" if self.path.exists() else "w+b")
+        self.file.truncate(state["bytes"])
+        self.file.seek(state["bytes"])
+
+
+# ---- one run at a time, and how it is stopped ------------------------------------------------------------------------------
+
+pending = []                                                         # the signal that came inside a step, if any
+inside = []                                                          # not empty while a step is under way
+
+
+@contextlib.contextmanager
+def interrupts_wait():
+    """Ctrl-C and SIGTERM wait until the end of this block."""
+    inside.append(True)
+    try:
+        yield
+    finally:
+        inside.pop()
+    if pending and not inside:
+        raise Stopped(pending[0])
+
+
+def catch_signals():
+    """Ctrl-C or SIGTERM: finish the step and save, or stop at once where nothing is under way; a second one leaves at once."""
+    def handle(number, frame):
+        if pending:
+            os._exit(128 + number)                                   # every file is whole at every moment: nothing to undo
+        pending.append(number)
+        if not inside:
+            raise Stopped(number)
+        print("\nstopping after this step, then saving; once more to leave at once", file=sys.stderr)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handle)
+
+
+def lock(folder):
+    """Takes the run folder for this process, until it ends; UserError if another run has it.  Returns the open lock file."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "a+")
+    except OSError as error:
+        raise UserError(f"cannot use {folder} as the run folder ({error.strerror}): name another by --run") from error
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.seek(0)
+        raise UserError(f"{folder} is in use by process {file.read().strip()}: wait for it, or name another folder by "
+                        "--run") from error
+    file.seek(0)
+    file.truncate()
+    file.write(f"{os.getpid()}\n")
+    file.flush()
+    return file

@@ -1,0 +1,62 @@
+"""One optimizer step, for every stage and method: micro-batches, gradient clipping, the guard against NaN; the data order."""
+import math
+
+import torch
+
+from checkpoint import UserError, rng
+
+BETAS, CLIP = (0.9, 0.95), 1.0                                       # official code: Adam's betas and the gradient clip
+
+
+def adamw(module, lr, eps=1e-8):
+    """AdamW without weight decay (official code), one fused kernel."""
+    return torch.optim.AdamW(module.parameters(), lr=lr, betas=BETAS, eps=eps, weight_decay=0.0, fused=True)
+
+
+def cosine(step, steps):
+    """The share of the peak learning rate at `step`: from 1 down to 0 along a cosine, no warm-up (official code)."""
+    return 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def descend(optimizer, lr, parts, loss_sum, where):
+    """One step on the mean loss of a batch that comes in micro-batches `parts` (1-D index tensors).  -> {name: mean}
+
+    loss_sum(part) -> {"loss": sum of the losses, ...: sums of what is logged beside it}, their count.  Gradients of sums are
+    added up and divided by the whole batch's count, so the split into micro-batches changes nothing but memory.
+    UserError, before anything is changed, if the loss or the gradient is not finite.
+    """
+    sums, count = {}, 0
+    try:
+        for part in parts:
+            stats, n = loss_sum(part)
+            stats["loss"].backward()
+            sums = {k: sums.get(k, 0.0) + float(v) for k, v in stats.items()}
+            count += n
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise UserError(f"{where}: out of memory: lower --micro-batch-size (the result does not depend on it)") from error
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    torch._foreach_div_([p.grad for p in parameters], count)
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters, CLIP))
+    means = {k: v / count for k, v in sums.items()} | {"grad_norm": norm}
+    if not (math.isfinite(means["loss"]) and math.isfinite(norm)):
+        raise UserError(f"{where}: the loss is {means['loss']:.4g} and its gradient's norm {norm:.4g}, nothing was changed: lower "
+                        f"the learning rate, or look at its examples {torch.cat(list(parts)).tolist()}")
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return means
+
+
+def batch_at(step, batch, length, *names, window=32):
+    """The indices of batch number `step` in an endless sequence of shuffled epochs: a function of its arguments alone.
+
+    length: (n,) tokens of each example.  Of every `window` batches in a row the examples are sorted by length, and the batches
+    then shuffled, so that a batch pads little and the order stays random.  -> (batch,) int64, ascending in length
+    """
+    n, first = len(length), step // window * window
+    position = torch.arange(first * batch, (first + window) * batch)
+    epochs = [torch.randperm(n, generator=rng(*names, e)) for e in range(int(position[0]) // n, int(position[-1]) // n + 1)]
+    index = torch.cat(epochs)[position - int(position[0]) // n * n]                         # (window * batch,)
+    index = index[length[index].argsort(stable=True)].view(window, batch)
+    return index[torch.randperm(window, generator=rng(*names, "window", first))[step - first]]

@@ -109,7 +109,7 @@ def read_tensors(path):
         for name, entry in header.items():
             begin, end = (8 + length + o for o in entry["data_offsets"])
             dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
-            if end > len(blob) or end - begin != torch.Size(shape).numel() * dtype.itemsize:
+            if begin < 8 + length or end > len(blob) or end - begin != torch.Size(shape).numel() * dtype.itemsize:
                 raise ValueError(f"{name} lies outside of it")
             flat = torch.frombuffer(blob, dtype=dtype, count=(end - begin) // dtype.itemsize, offset=begin) if end > begin \
                 else torch.empty(0, dtype=dtype)
@@ -220,7 +220,7 @@ def restore(folder, state):
             print(f"{error}; going on from the save before it", file=sys.stderr)
             path.unlink()
             continue
-        if meta["format"] != FORMAT or set(meta["state"]["dict"][i][0] for i in range(len(state))) != set(state):
+        if meta["format"] != FORMAT or {name for name, _ in meta["state"]["dict"]} != set(state):
             raise UserError(f"{path} was written by another version of this code: remove it to start this stage again")
         loaded = unpack(meta["state"], tensors)
         for name, part in state.items():
@@ -264,7 +264,7 @@ class Log:
         if self.columns is None:
             self.columns = list(row)
             self.file.write((",".join(self.columns) + "\n").encode())
-        cells = [f"{row[c]:.6g}" if isinstance(row[c], float) else str(row[c]) for c in self.columns]
+        cells = [f"{row[c]:.6g}" if isinstance(row.get(c), float) else str(row.get(c, "")) for c in self.columns]
         self.file.write((",".join(cells) + "\n").encode())
         self.file.flush()
 
@@ -276,6 +276,8 @@ class Log:
 
     def load_state_dict(self, state):
         self.columns = state["columns"]
+        if state["bytes"] and (not self.path.exists() or self.path.stat().st_size < state["bytes"]):
+            raise UserError(f"{self.path} has lost rows since the last save: remove its folder, and this stage starts again")
         self.file = open(self.path, "r+b" if self.path.exists() else "w+b")
         self.file.truncate(state["bytes"])
         self.file.seek(state["bytes"])

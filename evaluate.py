@@ -3,6 +3,8 @@
 The limit.  Of all policies with a given average KL the best is pi*_beta with one beta for all prompts (the Lagrangian separates
 over prompts).  On M responses of pi_sft a prompt, with w = softmax(r / beta):  r*(beta) = sum w r,  KL*(beta) = sum w log(M w).
 The vertical distance to that curve is the paper's own objective:  r*(k) - r(pi) = beta(k) E_x KL(pi || pi*_beta(k)).
+
+    python evaluate.py runs/tiny          draws again what the run folder holds: figures, and a csv beside each
 """
 import csv
 import math
@@ -129,6 +131,24 @@ def best_of_n(reward, n):
     return math.log(n) - (n - 1) / n, float((r @ weight).mean())
 
 
+def win_rate(ours, theirs):
+    """The share of all pairs of a prompt's responses that ours win, ties one half (paper, App. C).  (P, S), (P, S') -> float"""
+    ours, theirs = ours[:, :, None], theirs[:, None, :]                                     # (P, S, 1), (P, 1, S')
+    return float(((ours > theirs).float() + 0.5 * (ours == theirs).float()).mean())
+
+
+def density_ratio(s, weight, grid):
+    """pi / pi_sft against s = log pi_sft (paper, Figure 3): a Gaussian kernel estimate of E_pi_sft[pi / pi_sft | log pi_sft = s].
+
+    s, weight: (M,) of responses of pi_sft, the weights sum to 1 -> (len(grid),), nan where fewer than 5 responses are near.
+    One bandwidth (Silverman's) for numerator and denominator.
+    """
+    width = 0.9 * min(s.std(), np.subtract(*np.percentile(s, [75, 25])) / 1.34) * len(s) ** -0.2
+    kernel = np.exp(-0.5 * ((grid[:, None] - s) / width) ** 2)                              # (G, M)
+    near = kernel.sum(1)
+    return np.where(near >= 5, len(s) * (kernel @ weight) / np.maximum(near, 1e-300), np.nan)
+
+
 def reward_at(kl, rows):
     """The reward of a method at this KL, interpolated on its checkpoints; None if it never gets there.  rows: eval.csv's"""
     for a, b in zip(rows, rows[1:]):
@@ -148,4 +168,10 @@ def share_of_limit(kl, rows, curve):
 
 def read_csv(path):
     with open(path, newline="") as file:
-        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+        return [{k: float(v) if v else math.nan for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+if __name__ == "__main__":
+    from figures import main  # drawing stands above this file, and imports it
+
+    main()

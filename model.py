@@ -123,7 +123,7 @@ class GPT(nn.Module):
         """A released GPT-2 by name (downloaded once), or a Hugging Face folder.  UserError where that is not a GPT-2."""
         if str(source) in RELEASED:
             from data import cache_folder, fetch  # only a download needs data.py
-            n_layer, n_head, n_embd, size, sha256 = RELEASED[source]
+            n_layer, n_head, n_embd, size, sha256 = RELEASED[str(source)]
             config = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, vocab_size=50257, n_positions=1024)
             path = fetch(RELEASED_URL.format(name=source), cache_folder() / source / "pytorch_model.bin", size, sha256,
                          hint="name a folder that holds the weights by --init, or use --preset tiny or imdb-small")
@@ -201,7 +201,7 @@ def token_logprob(model, ids, mask, temperature=1.0):
     else:
         logp = [recompute(logprob, h, y, use_reentrant=False) for h, y in zip(hidden.split(rows), target.split(rows))]
     zeros = torch.zeros(mask.shape, device=ids.device)
-    return zeros.masked_scatter(mask, torch.cat(logp)) if logp else zeros                   # (M,) -> (N, T)
+    return zeros.masked_scatter(mask, torch.cat(logp))                                      # (M,) -> (N, T)
 
 
 def sequence_logprob(model, ids, mask, temperature=1.0):
@@ -259,6 +259,8 @@ def generate(model, prompt_ids, max_new_tokens, temperature=1.0, eos_id=None, ge
     """
     device, prompts = model.wte.weight.device, [torch.as_tensor(p, dtype=torch.long) for p in prompt_ids]
     start = torch.tensor([len(p) for p in prompts], device=device)                          # (N,)
+    if not prompts or not temperature > 0:
+        raise ValueError(f"generate needs at least one prompt and a temperature above 0, got {len(prompts)} and {temperature}")
     N, T0, shortest = len(prompts), max(map(len, prompts)), min(map(len, prompts))
     if shortest < 1 or T0 + max_new_tokens > model.config.block_size:
         raise ValueError(f"prompts of {shortest} to {T0} tokens and {max_new_tokens} new ones do not fit: a prompt has at "

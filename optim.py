@@ -30,7 +30,7 @@ def descend(optimizer, lr, parts, loss_sum, where):
         for part in parts:
             stats, n = loss_sum(part)
             stats["loss"].backward()
-            sums = {k: sums.get(k, 0.0) + float(v) for k, v in stats.items()}
+            sums = {k: sums.get(k, 0.0) + v.item() for k, v in stats.items()}
             count += n
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise UserError(f"{where}: out of memory: lower --micro-batch-size (the result does not depend on it)") from error

@@ -99,6 +99,11 @@ def sft(run):
     reviews = run.reviews["train"].ids[:cfg.sft_reviews]
     if cfg.init:
         gpt = GPT.from_pretrained(cfg.init)
+        for what, there, needed in (("positions (its block size)", gpt.config.block_size, run.block_size),
+                                    ("tokens in its vocabulary", gpt.config.vocab_size, run.encoding.n_vocab)):
+            if there < needed:
+                raise UserError(f"--init {cfg.init} has {there:,} {what}, {needed:,} are needed: choose other weights, or "
+                                "lower --prompt-tokens and --new-tokens")
     else:
         torch.manual_seed(0)
         gpt = GPT(GPTConfig(cfg.n_layer, cfg.n_head, cfg.n_embd, run.encoding.n_vocab, run.block_size))
@@ -209,10 +214,19 @@ def reference(run):
     """pi_sft evaluated on the test prompts, as every checkpoint is: step 0 of every method.  -> its folder"""
     folder, upstream = run.folder / "reference", [sft(run), oracle(run)]
     if not begin(folder, run.settings("reference"), upstream):
-        policy = run.policy(upstream[0])
-        found = measure(run, policy, policy, run.scorer(upstream[1]), rng("reference"))
+        policy, score = run.policy(upstream[0]), run.scorer(upstream[1])
+        found = measure(run, policy, policy, score, rng("reference"))
+        found["data_ids"], found["data_mask"], found["data_reward"] = written(run, score)
         finish(folder, **{"samples.safetensors": write_tensors(folder / "samples.safetensors", found)})
     return folder
+
+
+@torch.no_grad()
+def written(run, score):
+    """The test prompts' own continuations, as their authors wrote them.  -> ids, mask (P, T), reward (P,), on the CPU"""
+    ids, mask = run.rows(run.reviews["test"].ids[:run.cfg.eval_prompts])
+    reward = torch.cat([score(*part) for part in zip(ids.split(64), mask.split(64))])
+    return ids.int().cpu(), mask.cpu(), reward.cpu()
 
 
 def winners(run, reward, *names):

@@ -5,15 +5,31 @@ reward model's scores, with a row of checkpoints evaluated on the way; at the en
 The same command again goes on where it stopped; another method starts at its alignment.
 """
 import argparse
+import math
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
 import figures
+import ppo
 import stages
-from checkpoint import Log, Stopped, UserError, begin, catch_signals, finish, lock, read_tensors, resumable, rng, write_tensors
+import xpo
+from checkpoint import (
+    Log,
+    Stopped,
+    UserError,
+    begin,
+    catch_signals,
+    finish,
+    lock,
+    read_json,
+    read_tensors,
+    resumable,
+    rng,
+    write_json,
+    write_tensors,
+)
 from dpo import dpo_loss, dpo_reward_loss
 from evaluate import measure, summary
 from exo import exo_loss, exo_pref_loss
@@ -35,7 +51,7 @@ SAMPLED = "responses limit reference align"                          # the stage
 @dataclass
 class Config:
     # run
-    method: str = opt("exo", "alignment method; all: every method in turn", choices=["exo", "dpo", "all"])
+    method: str = opt("exo", "alignment method; all: every method in turn", choices=["exo", "dpo", "ppo", "xpo", "all"])
     feedback: str = opt("preferences", "learn from pairs, or from a reward model's scores", "", ["preferences", "reward"])
     num_candidates: list[int] = opt([4], "K, responses a prompt that a loss with --feedback reward compares [paper: up to 8]")
     seeds: list[int] = opt([0], "alignment and evaluation are repeated for each")
@@ -74,18 +90,29 @@ class Config:
     prompts: int = opt(4096, "training prompts [official code: 25,000]", "responses")
     responses: int = opt(8, "responses of pi_sft a prompt [paper: K up to 8]", "responses")
     labels: str = opt("bt", "who wins a pair: the higher reward [official code], or a Bradley-Terry draw [ours]",
-                      "reward_model align", ["argmax", "bt"])
+                      "reward_model offline xpo", ["argmax", "bt"])
     # reward model
     rm_steps: int = opt(800, "steps [official code: 3 epochs]", "reward_model")
     rm_batch: int = opt(32, "pairs a step [official code: 128]", "reward_model")
     rm_lr: float = opt(1e-3, "peak learning rate [official code: 1e-5]", "reward_model")
     # alignment
-    align_steps: int = opt(300, "steps [paper: one epoch]", "align")
-    align_batch: int = opt(32, "prompts a step [paper: 64]", "align")
-    align_lr: float = opt(1e-4, "peak learning rate [paper: 1e-6]", "align")
+    align_steps: int = opt(300, "steps of EXO and DPO [paper: one epoch]", "offline")
+    align_batch: int = opt(32, "prompts a step of EXO, DPO and XPO [paper: 64]", "offline xpo")
+    align_lr: float = opt(2e-4, "peak learning rate of EXO, DPO and XPO [paper: 1e-6]", "offline xpo")
     beta_pi: float = opt(0.5, "scales the policy's log-ratio; DPO's beta on pairs [official code: 0.1 on IMDB]", "align")
     beta_r: float = opt(1.0, "divides the reward; beta = beta_pi * beta_r [official code: 0.1 on IMDB]", "align")
-    eps: float = opt(1e-3, "label smoothing of EXO's pairs [paper]", "align")
+    eps: float = opt(1e-3, "label smoothing of EXO's pairs [paper]", "offline")
+    ppo_steps: int = opt(80, "PPO's iterations [ours]", "ppo")
+    ppo_batch: int = opt(64, "prompts an iteration, a fresh response each [paper: tuned, not given]", "ppo")
+    ppo_lr: float = opt(2e-4, "PPO's peak learning rate [paper: tuned, not given]", "ppo")
+    ppo_critic_lr: float = opt(1e-3, "the critic's [paper: tuned, not given]", "ppo")
+    ppo_epochs: int = opt(4, "passes over an iteration's responses [N-details]", "ppo")
+    ppo_minibatches: int = opt(2, "updates a pass [N-details: 1 to 8]", "ppo")
+    ppo_warmup: int = opt(10, "first iterations, which train the critic alone [paper does so, length not given]", "ppo")
+    xpo_rounds: int = opt(4, "rounds of XPO [XPO's experiment: 3]", "xpo")
+    xpo_prompts: int = opt(768, "prompts a round, a pair each [ours]", "xpo")
+    xpo_epochs: int = opt(2, "passes a round over all pairs so far [ours]", "xpo")
+    alpha: float = opt(0.0015, "XPO's bonus, 0.003 beta_pi [ours]; 0 is online DPO", "xpo")
     # evaluation
     checkpoints: int = opt(6, "checkpoints evaluated, evenly spaced [official code: 10]", "align")
     eval_prompts: int = opt(256, "test prompts [paper: 512]", "reference align")
@@ -100,7 +127,8 @@ FIRST = ["method", "data", "init", "sft_steps", "oracle_steps", "prompts", "rm_s
 IMDB = dict(data="imdb", prompt_tokens=10, new_tokens=502, temperature=0.8, labels="argmax", init="gpt2", sft_reviews=25_000,
             sft_steps=977, sft_batch=128, sft_lr=1e-5, oracle_steps=488, oracle_batch=256, oracle_lr=1e-5,    # 5 epochs each
             prompts=25_000, rm_steps=586, rm_batch=128, rm_lr=1e-5,                                          # 3 epochs
-            align_steps=391, align_batch=64, align_lr=1e-6, beta_pi=0.1, beta_r=0.1,                          # one epoch
+            align_steps=391, align_batch=64, align_lr=1e-6, beta_pi=0.1, beta_r=0.1, alpha=3e-4,              # one epoch
+            ppo_steps=400, ppo_batch=128, ppo_lr=2e-6, ppo_critic_lr=1e-5, xpo_rounds=3, xpo_prompts=2048,
             checkpoints=10, eval_prompts=512, limit_prompts=64, sample_batch=512, micro_batch_size=64)
 PRESETS = {
     "tiny": {},
@@ -108,12 +136,14 @@ PRESETS = {
                               sft_reviews=75_000, sft_steps=4688, sft_batch=64, sft_lr=6e-4,                  # 4 epochs
                               oracle_steps=1172, oracle_batch=64, oracle_lr=1e-4,                             # 3 epochs
                               prompts=12_800, rm_steps=400, rm_batch=64, rm_lr=1e-4,                          # 2 epochs
-                              align_steps=200, align_lr=3e-5, limit_responses=4096, sample_batch=1024, micro_batch_size=256),
+                              align_steps=200, align_lr=3e-5, ppo_lr=3e-5, ppo_critic_lr=1e-4,
+               limit_responses=4096, sample_batch=1024, micro_batch_size=256),
     "imdb": IMDB,
     "imdb-large": IMDB | dict(init="gpt2-large", sample_batch=128, micro_batch_size=16),
 }
 SMOKE = dict(init="", n_layer=2, n_head=2, n_embd=32, sft_reviews=2_000, test_reviews=500, sft_steps=30, sft_batch=16,
              oracle_steps=30, oracle_batch=16, prompts=64, rm_steps=10, rm_batch=16, align_steps=10, align_batch=8, checkpoints=2,
+             ppo_steps=4, ppo_batch=8, ppo_warmup=1, xpo_rounds=2, xpo_prompts=16,
              eval_prompts=16, limit_prompts=8, limit_responses=128, sample_batch=256, save_every=5)
 
 
@@ -155,8 +185,8 @@ def impossible(cfg):
     for name in Config.__dataclass_fields__:
         value = getattr(cfg, name)
         if isinstance(value, int | float) and not isinstance(value, bool):
-            if not (value >= 0 if name == "micro_batch_size" else value > 0):
-                return f"--{name.replace('_', '-')} must be positive, got {value}"
+            if not (0 <= value < math.inf and (value > 0 or name in ("micro_batch_size", "alpha", "ppo_warmup"))):
+                return f"--{name.replace('_', '-')} must be positive and finite, got {value}"
     if not 0 < cfg.eps < 0.5:
         return f"--eps must lie in (0, 0.5), got {cfg.eps}"
     if not all(2 <= k <= cfg.responses for k in cfg.num_candidates):
@@ -167,7 +197,8 @@ def impossible(cfg):
         return f"--n-embd {cfg.n_embd} must be a multiple of --n-head {cfg.n_head}"
     if len(set(cfg.seeds)) < len(cfg.seeds):
         return f"--seeds must be different, got {cfg.seeds}"
-    for small, large in (("checkpoints", "align_steps"), ("limit_prompts", "eval_prompts"), ("align_batch", "prompts")):
+    for small, large in (("checkpoints", "align_steps"), ("limit_prompts", "eval_prompts"), ("align_batch", "prompts"),
+                         ("ppo_batch", "prompts"), ("xpo_prompts", "prompts"), ("checkpoints", "ppo_steps")):
         if getattr(cfg, small) > getattr(cfg, large):
             return f"--{small.replace('_', '-')} must be at most --{large.replace('_', '-')} {getattr(cfg, large)}"
 
@@ -202,8 +233,8 @@ def candidates(run, feedback, K):
     return [table[k][row, order].to(run.device) for k in ("ids", "mask", "ref_logp", "reward")]
 
 
-def align_offline(run, policy, method, feedback, K, seed):
-    """EXO and DPO, from pairs or from a reward model's scores.  -> step(step, optimizer, lr) -> stats"""
+def offline(run, policy, optimizer, method, feedback, K, seed):
+    """EXO and DPO, from pairs or from a reward model's scores.  -> number of steps, step(step, share of lr) -> stats, state"""
     cfg = run.cfg
     ids, mask, ref_logp, reward = candidates(run, feedback, K)
     length = mask.sum(2).amax(1).cpu()                                                      # (P,)
@@ -218,63 +249,134 @@ def align_offline(run, policy, method, feedback, K, seed):
         else:
             loss = (exo_loss if method == "exo" else dpo_reward_loss)(logp, ref, r, cfg.beta_r, cfg.beta_pi)
             best, worst = r.argmax(1), r.argmin(1)
-        implicit = cfg.beta_pi * (logp - ref).detach()                                      # (b, K) the implicit reward
-        row = torch.arange(len(index))
-        chosen, rejected = implicit[row, best], implicit[row, worst]
-        return {"loss": loss * len(index), "rewards_chosen": chosen.sum(), "rewards_rejected": rejected.sum(),
-                "rewards_margin": (chosen - rejected).sum(), "rewards_accuracy": (chosen > rejected).sum()}, len(index)
+        return {"loss": loss * len(index)} | implicit_rewards(cfg.beta_pi * (logp - ref).detach(), best, worst), len(index)
 
-    def step(step, optimizer, lr):
+    def step(step, share):
         index = batch_at(step, cfg.align_batch, length, "align", seed)
-        return descend(optimizer, lr, run.part(index, ids.shape[1]), loss_sum, f"{method} step {step + 1}")
+        return descend(optimizer, cfg.align_lr * share, run.part(index, ids.shape[1]), loss_sum, f"{method}, step {step + 1}")
 
-    return step
+    return cfg.align_steps, step, {}
+
+
+def implicit_rewards(implicit, best, worst):
+    """What beta (log pi - log pi_sft), (b, K), says of the preferred response and of the other.  -> sums over the batch"""
+    row = torch.arange(len(implicit))
+    chosen, rejected = implicit[row, best], implicit[row, worst]                            # (b,)
+    return {"rewards_chosen": chosen.sum(), "rewards_rejected": rejected.sum(), "rewards_margin": (chosen - rejected).sum(),
+            "rewards_accuracy": (chosen > rejected).sum()}
+
+
+def proximal(run, policy, optimizer, seed):
+    """PPO on the reward model's reward, at beta = beta_r beta_pi: the objective of the other methods.  As `offline`."""
+    cfg, trained = run.cfg, stages.reward_model(run)
+    ref, critic = run.policy(run.folder / "sft"), run.scorer(trained)
+    critic.score.weight.data *= read_json(trained / "report.json")["scale"]
+    critic_optimizer = adamw(critic, cfg.ppo_critic_lr, eps=1e-5)
+    prompts = read_tensors(stages.responses(run) / "responses.safetensors")[0]["ids"][:, 0, :cfg.prompt_tokens].long()
+    reward, order = stages.reward_function(run, trained), torch.zeros(len(prompts))
+
+    def step(step, share):
+        return ppo.iteration(
+            policy, ref, critic, optimizer, critic_optimizer, reward, prompts[batch_at(step, cfg.ppo_batch, order, "ppo", seed)],
+            policy_lr=cfg.ppo_lr * share, critic_lr=cfg.ppo_critic_lr * share, beta=cfg.beta_pi * cfg.beta_r,
+            max_new_tokens=cfg.new_tokens, temperature=cfg.temperature, eos_id=run.eos_id, generator=rng("ppo", seed, step),
+            epochs=cfg.ppo_epochs, minibatches=cfg.ppo_minibatches, critic_only=step < cfg.ppo_warmup,
+            micro_batch_size=cfg.micro_batch_size, where=f"ppo, step {step + 1}")
+
+    return cfg.ppo_steps, step, {"critic": critic, "critic_optimizer": critic_optimizer}
+
+
+def online(run, policy, optimizer, seed):
+    """XPO, and online DPO at --alpha 0: rounds of fresh pairs labelled by the oracle, then passes over all pairs so far."""
+    cfg, replay = run.cfg, xpo.Replay()
+    ref, score = run.policy(run.folder / "sft"), run.scorer(run.folder / "oracle")
+    table = read_tensors(stages.responses(run) / "responses.safetensors")[0]
+    floor = -float(table["reward"].max() - table["reward"].min()) / cfg.beta_pi              # -R_max / beta
+    order = torch.randperm(cfg.prompts, generator=rng("xpo prompts", seed))
+    schedule = xpo.rounds(cfg.xpo_rounds, cfg.xpo_prompts, cfg.xpo_epochs, cfg.align_batch)
+
+    def play(t):
+        index = order[torch.arange(t * cfg.xpo_prompts, (t + 1) * cfg.xpo_prompts) % cfg.prompts]
+        sampled = {name: column[index, 0].to(run.device) for name, column in table.items()}
+        xpo.play(policy, ref, score, lambda reward: stages.winners(run, reward.cpu(), "xpo", seed, t).to(run.device),
+                 sampled["ids"][:, :cfg.prompt_tokens].long(), sampled, replay, cfg.new_tokens, cfg.temperature, run.eos_id,
+                 rng("xpo", seed, t))
+
+    def loss_sum(index):
+        pairs = {name: column[index] for name, column in replay.data.items()}
+        x, m = trim(pairs["ids"].flatten(0, 1).long(), pairs["mask"].flatten(0, 1))         # (b 2, T)
+        logp = sequence_logprob(policy, x, m, cfg.temperature).view(len(index), 2)          # (b 2,) -> (b, 2)
+        explore = logp.gather(1, pairs["explore"][:, None]).squeeze(1)                      # (b,) log pi of pi_sft's response
+        h = (logp - pairs["ref_logp"]).detach()                                             # (b, 2)
+        loss = xpo.xpo_loss(logp, pairs["ref_logp"], explore, cfg.beta_pi, cfg.alpha)
+        stats = implicit_rewards(cfg.beta_pi * h, torch.zeros_like(index), torch.ones_like(index))
+        return {"loss": loss * len(index), **stats, "explore_logp": explore.detach().sum(),
+                "explore_log_ratio": h.gather(1, pairs["explore"][:, None]).sum()}, len(index)
+
+    def step(step, share):
+        t, i = schedule[step]
+        if i == 0:
+            play(t)
+        if replay.closed == t:                                       # this round has gone as far as the bonus may push
+            return dict.fromkeys(("loss", "grad_norm"), 0.0)
+        index = batch_at(i, cfg.align_batch, replay.data["mask"].sum(2).amax(1).cpu(), "xpo", seed, t)
+        stats = descend(optimizer, cfg.align_lr * share, run.part(index, 2), loss_sum, f"xpo, step {step + 1}")
+        if stats["explore_log_ratio"] < floor:                       # the bonus has no floor of its own on a replay
+            replay.closed = t
+        return stats
+
+    return len(schedule), step, {"replay": replay}
 
 
 def align(run, method, feedback, K, seed):
-    """One alignment: pi_sft's weights, --align-steps steps of the method, checkpoints evaluated on the way.  -> its folder"""
+    """One alignment: from pi_sft's weights by the method's steps, checkpoints evaluated on the way.  -> its folder"""
     cfg = run.cfg
+    kind = method if method in ("ppo", "xpo") else "offline"
     usual = vars(Config()) | PRESETS[cfg.preset]
-    other = [f"{name.replace('_', '')}{getattr(cfg, name):g}" for name in ("beta_pi", "beta_r") if getattr(cfg, name) != usual[name]]
-    folder = run.folder / "-".join([method, feedback, *([f"k{K}"] if feedback == "reward" else []), *other, f"s{seed}"])
+    name = ["online-dpo" if method == "xpo" and cfg.alpha == 0 else method, feedback, *([f"k{K}"] if K else [])]
+    for setting in ("beta_pi", "beta_r", *(["alpha"] if kind == "xpo" and cfg.alpha else [])):
+        if getattr(cfg, setting) != usual[setting]:
+            name.append(f"{setting.replace('_', '')}{getattr(cfg, setting):g}")
+    folder = run.folder / "-".join([*name, f"s{seed}"])
     sft, oracle = stages.sft(run), stages.oracle(run)
     upstream = [sft, oracle, stages.responses(run)] + ([stages.reward_model(run)] if feedback == "reward" else [])
-    if begin(folder, run.settings("align") | {"method": method, "seed": seed}, upstream):
+    if begin(folder, run.settings("align") | run.settings(kind) | {"method": method, "seed": seed}, upstream):
         return folder
     policy, ref, score = run.policy(sft), run.policy(sft), run.scorer(oracle)
-    take = align_offline(run, policy, method, feedback, K, seed)
-    optimizer = adamw(policy, cfg.align_lr)
-    state = {"policy": policy, "optimizer": optimizer, "metrics": Log(folder / "metrics.csv"), "eval": Log(folder / "eval.csv")}
-    evaluated = [round(cfg.align_steps * (i + 1) / cfg.checkpoints) for i in range(cfg.checkpoints)]
+    optimizer = adamw(policy, cfg.align_lr, eps=1e-5 if method == "ppo" else 1e-8)
+    steps, take, extra = proximal(run, policy, optimizer, seed) if method == "ppo" else \
+        online(run, policy, optimizer, seed) if method == "xpo" else offline(run, policy, optimizer, method, feedback, K, seed)
+    log, evaluations = Log(folder / "metrics.csv"), Log(folder / "eval.csv")
+    state = {"policy": policy, "optimizer": optimizer, "metrics": log, "eval": evaluations, **extra}
+    evaluated = [round(steps * (i + 1) / cfg.checkpoints) for i in range(cfg.checkpoints)]
     start = read_tensors(stages.reference(run) / "samples.safetensors")[0]
-    for step, bar in resumable(folder, state, cfg.align_steps, cfg.save_every, folder.name):
+    for step, bar in resumable(folder, state, steps, cfg.save_every, folder.name):
         if step == 0:
-            state["eval"].write(step=0, **summary(start, run.eos_id))
-        stats = take(step, optimizer, cfg.align_lr * cosine(step, cfg.align_steps))
-        state["metrics"].write(step=step + 1, **stats)
+            evaluations.write(step=0, **summary(start, run.eos_id))
+        stats = take(step, cosine(step, steps))
+        log.write(step=step + 1, **stats)
         if step + 1 in evaluated:
             found = measure(run, policy, ref, score, rng("evaluate", seed, step + 1))
             row = summary(found, run.eos_id)
-            state["eval"].write(step=step + 1, **row)
+            evaluations.write(step=step + 1, **row)
             policy.save_pretrained(folder / f"step-{step + 1:05d}", run.eos_id)
             write_tensors(folder / f"step-{step + 1:05d}" / "samples.safetensors", found)
             bar.write(f"step {step + 1}: reward {row['reward']:.2f} at KL {row['kl']:.2f} nats, length {row['length']:.0f}")
-        bar.set_postfix({k.removeprefix("rewards_"): f"{v:.3f}" for k, v in stats.items() if k != "grad_norm"}, refresh=False)
-    figures.write_samples(run, folder, start, found_at(folder, evaluated[-1]))
-    finish(folder, final=f"step-{evaluated[-1]:05d}")
+        shown = ("loss", "rewards_margin", "rewards_accuracy", "reward", "kl", "explore_log_ratio")
+        bar.set_postfix({k.removeprefix("rewards_"): f"{stats[k]:.3f}" for k in shown if k in stats}, refresh=False)
+    final = f"step-{evaluated[-1]:05d}"
+    figures.write_samples(run, folder, start, read_tensors(folder / final / "samples.safetensors")[0])
+    finish(folder, final=final)
     return folder
-
-
-def found_at(folder, step):
-    return read_tensors(folder / f"step-{step:05d}" / "samples.safetensors")[0]
 
 
 def plan(cfg):
     """The alignments that the command asks for: (method, feedback, K)."""
-    if cfg.method != "all":
-        return [(cfg.method, cfg.feedback, K) for K in (cfg.num_candidates if cfg.feedback == "reward" else [2])]
-    offline = [(m, "preferences", 2) for m in ("exo", "dpo")]
-    return offline + [(m, "reward", K) for K in cfg.num_candidates for m in ("exo", "dpo")]
+    everything = [(method, "preferences", 0) for method in ("exo", "dpo")]
+    everything += [(method, "reward", K) for K in cfg.num_candidates for method in ("exo", "dpo")]
+    everything += [("ppo", "reward", 0), ("xpo", "preferences", 0)]
+    return [one for one in everything if cfg.method == "all" or
+            (one[0] == cfg.method and (cfg.method in ("ppo", "xpo") or one[1] == cfg.feedback))]
 
 
 def main(argv=None):
@@ -284,11 +386,12 @@ def main(argv=None):
         held = lock(cfg.run)                                         # kept open: the lock lasts as long as the process
         catch_signals()
         run = Run(cfg, device, bf16)
+        write_json(run.folder / "config.json", vars(cfg))
         for seed in cfg.seeds:
             for method, feedback, K in plan(cfg):
                 align(run, method, feedback, K, seed)
         stages.limit(run)
-        figures.draw(Path(cfg.run))
+        figures.draw(run)
         held.close()
     except UserError as error:
         sys.exit(f"train.py: {error}")

@@ -241,6 +241,22 @@ def test_the_log_moment_generating_function_is_exact(tiny, s):
     assert data.tiny_log_mgf(s) == pytest.approx(np.log(weight.mean()), abs=4 * standard_error)
 
 
+@pytest.mark.parametrize("s", [-2.0, 0.3, 2.0])
+def test_the_log_moment_generating_function_is_that_of_the_exact_distribution(s):
+    def several(one, n):
+        """The distribution of the sum of n, on -20..20."""
+        total = np.zeros(41)
+        total[20] = 1
+        for _ in range(n):
+            total = np.convolve(total, one, mode="same")
+        return total
+
+    slot = np.array([data.OPINION[-1], data.OPINION[0], data.OPINION[1]])
+    sentence = np.mean([several(slot, len(re.findall("{[+~-]}", text))) for text in data.SENTENCES], axis=0)
+    review = np.mean([several(sentence, n) for n in data.N_SENTENCES], axis=0)
+    assert data.tiny_log_mgf(s) == pytest.approx(np.log((review * np.exp(s * np.arange(-20, 21))).sum()), abs=1e-9)
+
+
 def test_there_are_six_opinion_slots_on_average():
     slots = np.mean([len(re.findall("{[+~-]}", s)) for s in data.SENTENCES]) * np.mean(data.N_SENTENCES)
     assert slots == pytest.approx(6)
@@ -398,6 +414,11 @@ def test_a_cached_file_needs_no_network(tmp_path):
 def test_a_cached_file_that_is_not_whole_is_downloaded_again(server, tmp_path, bad):
     (tmp_path / "file").write_bytes(bad)
     assert data.fetch(server.url("good"), tmp_path / "file", len(CONTENT), SHA256).read_bytes() == CONTENT
+
+
+def test_a_cached_file_of_another_size_is_downloaded_again_where_no_checksum_is_known(server, tmp_path):
+    (tmp_path / "file").write_bytes(CONTENT[:-1])
+    assert data.fetch(server.url("good"), tmp_path / "file", len(CONTENT)).read_bytes() == CONTENT
 
 
 def test_a_wrong_checksum_is_refused_with_both_and_nothing_is_kept(server, tmp_path):

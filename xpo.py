@@ -1,0 +1,94 @@
+"""XPO: exploratory preference optimization (arXiv 2405.21046), online DPO with one term more.
+
+Algorithm 1, with pi_1 = pi_sft and an empty history D:
+
+    for t = 1, ..., T:
+        draw a prompt x, a response y ~ pi_t(.|x) and a reference response y~ ~ pi_sft(.|x)
+        label the pair: y wins with probability sigmoid(r(x, y) - r(x, y~));  add (winner, loser, y~) to D
+        pi_{t+1} = argmin over pi of
+            sum over D of  [ -log sigmoid(beta h(winner) - beta h(loser))  +  alpha log pi(y~|x) ],
+                           h(y) = log pi(y|x) - log pi_sft(y|x)
+
+The first term is DPO's loss (`dpo.py`).  The second, the bonus, is minimised too: it pushes mass *away* from the reference's
+responses, won or lost.  Among the rewards that explain the labels equally well it picks the one that promises the most over
+the reference, which is optimism: what has not been tried is tried.  alpha is a price in nats of DPO loss per nat of log pi, so
+that what matters is alpha / beta, in units of reward.  alpha = 0 is online DPO.
+
+Both sums run over the *whole* history: a bonus that sees only the newest batch finds a rare response and then forgets it
+(`Replay` keeps the history).  And the bonus has no floor on a replay: where y~ lost its pair, DPO and the bonus both push
+log pi(y~) down without end.  Keep alpha small beside beta, make few passes a round, and stop a round when the mean of
+log pi(y~) has fallen too far.  In the bandit of `toy/` the box on the reward is that floor.
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+
+from dpo import dpo_loss
+from model import generate, sequence_logprob
+
+
+def xpo_loss(logp, ref_logp, explore_logp, beta=0.1, alpha=3e-4):
+    """XPO on a batch of the history: dpo_loss(logp, ref_logp, beta) + alpha * mean of explore_logp, in nats.
+
+    logp, ref_logp: (B, 2), column 0 chosen, column 1 rejected; explore_logp: (B,), the column of logp that holds y~, the
+    response that pi_sft drew, chosen or not -> scalar, the mean over the B pairs.  Its gradient on explore_logp is alpha / B.
+    alpha = 0.003 beta  # ours; the paper's experiment gives no value that we could check, its theory alpha ~ beta / sqrt(T)
+    """
+    if explore_logp.shape != logp.shape[:1]:
+        raise ValueError(f"explore_logp must have a number for each pair, {tuple(logp.shape[:1])}, "
+                         f"got {tuple(explore_logp.shape)}")
+    if not 0 <= alpha < math.inf:
+        raise ValueError(f"alpha must be finite and not negative, got {alpha}: below 0 it would reward imitating pi_sft")
+    return dpo_loss(logp, ref_logp, beta) + alpha * explore_logp.mean()
+
+
+class Replay:
+    """The history D: every pair of every round, a dict of tensors with one row a pair, in the order of arrival."""
+
+    def __init__(self):
+        self.data = {}                                               # name -> (pairs, ...)
+        self.closed = -1                                             # the newest round that was stopped before its last step
+
+    def __len__(self):
+        return len(next(iter(self.data.values()))) if self.data else 0
+
+    def append(self, **pairs):
+        """Adds a round's pairs: tensors with one row a pair, under the same names and row shapes in every round."""
+        if len({len(rows) for rows in pairs.values()}) != 1 or (self.data and pairs.keys() != self.data.keys()):
+            raise ValueError(f"a round's pairs must be tensors of equal length named {sorted(self.data) or 'anything'}, "
+                             f"got {({name: len(rows) for name, rows in pairs.items()})}")
+        self.data = {name: torch.cat([self.data[name], rows]) if self.data else rows.clone() for name, rows in pairs.items()}
+
+    def batches(self, batch_size, generator=None):
+        """One pass over the whole history in random order: dicts of at most batch_size rows, every pair exactly once."""
+        for rows in torch.randperm(len(self), generator=generator).split(batch_size):
+            yield {name: tensor[rows] for name, tensor in self.data.items()}
+
+    def state_dict(self):
+        return {"data": dict(self.data), "closed": self.closed}
+
+    def load_state_dict(self, state):
+        self.data, self.closed = dict(state["data"]), state["closed"]
+
+
+@torch.no_grad()
+def play(policy, ref, reward, label, prompts, sampled, replay, max_new_tokens, temperature, eos_id, generator):
+    """The first half of a round of Algorithm 1: pi_t answers each prompt, the answer meets pi_sft's, the label goes into D.
+
+    prompts: (n, T0) ids; sampled: pi_sft's responses to them, {ids, mask: (n, T), ref_logp, reward: (n,)}, T the block size;
+    reward: (ids, mask) -> (n,); label: rewards (n, 2) -> the winner's column (n,).
+    """
+    ids, mask = generate(policy, prompts, max_new_tokens, temperature, eos_id, generator)   # (n, t), (n, t)
+    room = (0, sampled["ids"].shape[1] - ids.shape[1])
+    fresh = {"ids": F.pad(ids, room, value=eos_id).to(sampled["ids"].dtype), "mask": F.pad(mask, room),
+             "ref_logp": sequence_logprob(ref, ids, mask, temperature), "reward": reward(ids, mask)}
+    pair = {name: torch.stack([fresh[name], sampled[name]], dim=1) for name in fresh}       # (n, 2, ...)
+    winner = label(pair.pop("reward"))                                                      # (n,)
+    order, row = torch.stack([winner, 1 - winner], dim=1), torch.arange(len(winner))[:, None]       # (n, 2), (n, 1)
+    replay.append(explore=(order == 1).int().argmax(1), **{name: both[row, order] for name, both in pair.items()})
+
+
+def rounds(n_rounds, prompts, epochs, batch_size):
+    """The schedule of Algorithm 1: [(round, step within it), ...]; a round makes `epochs` passes over all pairs so far."""
+    return [(t, i) for t in range(n_rounds) for i in range(math.ceil(epochs * (t + 1) * prompts / batch_size))]

@@ -31,7 +31,7 @@ from checkpoint import (
     write_tensors,
 )
 from dpo import dpo_loss, dpo_reward_loss
-from evaluate import measure, summary
+from evaluate import measure, read_csv, summary
 from exo import exo_loss, exo_pref_loss
 from model import sequence_logprob
 from optim import adamw, batch_at, cosine, descend
@@ -55,16 +55,16 @@ class Config:
     feedback: str = opt("preferences", "learn from pairs, or from a reward model's scores", "", ["preferences", "reward"])
     num_candidates: list[int] = opt([4], "K, responses a prompt that a loss with --feedback reward compares [paper: up to 8]")
     seeds: list[int] = opt([0], "alignment and evaluation are repeated for each")
-    preset: str = opt("", "the experiment; default: imdb with CUDA, else tiny", "",
-                      ["", "tiny", "imdb-small", "imdb", "imdb-large"])
-    run: str = opt("", "the folder of this run's artifacts; default: runs/PRESET")
+    preset: str = opt("auto", "the experiment; auto: imdb with CUDA, else tiny", "",
+                      ["auto", "tiny", "imdb-small", "imdb", "imdb-large"])
+    run: str = opt("", "the folder of this run's artifacts")
     smoke: bool = opt(False, "everything at a toy size, in seconds: does it run from end to end?")
     device: str = opt("auto", "where to compute", "", ["auto", "cpu", "cuda", "mps"])
     matmul: str = opt("highest", "PyTorch's float32 matmul precision: medium is twice as fast on some CPUs [ours]", "",
                       ["highest", "high", "medium"])
     micro_batch_size: int = opt(0, "rows at once in training, 0 for whole batches: memory, not results [ours]")
     sample_batch: int = opt(1024, "rows sampled at once [ours]", "responses limit")
-    save_every: int = opt(100, "steps between the saves that an interrupted stage goes on from [ours]")
+    save_every: int = opt(100, "most steps between the saves that an interrupted stage goes on from [ours]")
     # reviews
     data: str = opt("tiny", "tiny: reviews of a built-in grammar; imdb: real ones", "sft", ["tiny", "imdb"])
     imdb: list[str] = opt([], "IMDB archives or extracted folders; default: download once")
@@ -98,7 +98,7 @@ class Config:
     # alignment
     align_steps: int = opt(300, "steps of EXO and DPO [paper: one epoch]", "offline")
     align_batch: int = opt(32, "prompts a step of EXO, DPO and XPO [paper: 64]", "offline xpo")
-    align_lr: float = opt(2e-4, "peak learning rate of EXO, DPO and XPO [paper: 1e-6]", "offline xpo")
+    align_lr: float = opt(1.25e-4, "peak learning rate of EXO, DPO and XPO [paper: 1e-6]", "offline xpo")
     beta_pi: float = opt(0.5, "scales the policy's log-ratio; DPO's beta on pairs [official code: 0.1 on IMDB]", "align")
     beta_r: float = opt(1.0, "divides the reward; beta = beta_pi * beta_r [official code: 0.1 on IMDB]", "align")
     eps: float = opt(1e-3, "label smoothing of EXO's pairs [paper]", "offline")
@@ -117,8 +117,8 @@ class Config:
     checkpoints: int = opt(6, "checkpoints evaluated, evenly spaced [official code: 10]", "align")
     eval_prompts: int = opt(256, "test prompts [paper: 512]", "reference align")
     eval_samples: int = opt(4, "responses a test prompt [paper]", "reference align")
-    limit_prompts: int = opt(32, "test prompts that the limit is drawn on [ours]", "limit")
-    limit_responses: int = opt(1024, "responses of pi_sft each [ours]", "limit")
+    limit_prompts: int = opt(32, "test prompts that the limit is drawn on; 64 with --method all [ours]", "limit")
+    limit_responses: int = opt(1024, "responses of pi_sft each; 4,096 with --method all [ours]", "limit")
 
 
 GROUPS = ["run", "reviews", "model", "sft", "oracle", "responses", "reward model", "alignment", "evaluation"]
@@ -136,8 +136,8 @@ PRESETS = {
                               sft_reviews=75_000, sft_steps=4688, sft_batch=64, sft_lr=6e-4,                  # 4 epochs
                               oracle_steps=1172, oracle_batch=64, oracle_lr=1e-4,                             # 3 epochs
                               prompts=12_800, rm_steps=400, rm_batch=64, rm_lr=1e-4,                          # 2 epochs
-                              align_steps=200, align_lr=3e-5, ppo_lr=3e-5, ppo_critic_lr=1e-4,
-               limit_responses=4096, sample_batch=1024, micro_batch_size=256),
+                                              align_steps=200, align_lr=3e-5, ppo_lr=3e-5, ppo_critic_lr=1e-4,
+                              limit_responses=4096, sample_batch=1024, micro_batch_size=256),
     "imdb": IMDB,
     "imdb-large": IMDB | dict(init="gpt2-large", sample_batch=128, micro_batch_size=16),
 }
@@ -170,14 +170,16 @@ def parse(argv=None):
 
     plain = vars(Config())
     first = build(plain).parse_args([a for a in (sys.argv[1:] if argv is None else argv) if a not in ("-h", "--help")])
-    preset = first.preset or ("imdb" if torch.cuda.is_available() and first.device in ("auto", "cuda") else "tiny")
+    cuda = torch.cuda.is_available() and first.device in ("auto", "cuda")
+    preset = first.preset if first.preset != "auto" else "imdb" if cuda else "tiny"
+    limit = dict(limit_prompts=64, limit_responses=4096) if first.method == "all" and preset == "tiny" else {}
     smoke = SMOKE if first.smoke else {}
-    parser = build(plain | PRESETS[preset] | smoke | {"run": f"runs/{preset}{'-smoke' * first.smoke}"})
+    parser = build(plain | PRESETS[preset] | limit | smoke | {"run": f"runs/{preset}{'-smoke' * first.smoke}"})
     cfg = Config(**vars(parser.parse_args(argv)))
     cfg.preset = preset
     if problem := impossible(cfg):
         parser.error(problem)
-    return cfg, "as asked" if first.preset else "CUDA is there" if preset == "imdb" else "no CUDA"
+    return cfg, "as asked" if first.preset != "auto" else "CUDA is there" if cuda else "no CUDA here"
 
 
 def impossible(cfg):
@@ -350,7 +352,7 @@ def align(run, method, feedback, K, seed):
     state = {"policy": policy, "optimizer": optimizer, "metrics": log, "eval": evaluations, **extra}
     evaluated = [round(steps * (i + 1) / cfg.checkpoints) for i in range(cfg.checkpoints)]
     start = read_tensors(stages.reference(run) / "samples.safetensors")[0]
-    for step, bar in resumable(folder, state, steps, cfg.save_every, folder.name):
+    for step, bar in resumable(folder, state, steps, min(cfg.save_every, max(1, steps // 10)), folder.name):
         if step == 0:
             evaluations.write(step=0, **summary(start, run.eos_id))
         stats = take(step, cosine(step, steps))
@@ -362,6 +364,8 @@ def align(run, method, feedback, K, seed):
             policy.save_pretrained(folder / f"step-{step + 1:05d}", run.eos_id)
             write_tensors(folder / f"step-{step + 1:05d}" / "samples.safetensors", found)
             bar.write(f"step {step + 1}: reward {row['reward']:.2f} at KL {row['kl']:.2f} nats, length {row['length']:.0f}")
+        if step + 1 == 50 and len({row["loss"] for row in read_csv(folder / "metrics.csv")}) == 1:
+            bar.write(f"warning: the loss is {stats['loss']:.4f} in each of the first 50 steps: nothing is being learned")
         shown = ("loss", "rewards_margin", "rewards_accuracy", "reward", "kl", "explore_log_ratio")
         bar.set_postfix({k.removeprefix("rewards_"): f"{stats[k]:.3f}" for k in shown if k in stats}, refresh=False)
     final = f"step-{evaluated[-1]:05d}"

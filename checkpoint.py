@@ -40,22 +40,30 @@ class Stopped(BaseException):
 # ---- whole files -----------------------------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
+def writing(path):
+    """A full disk, or whatever else keeps `path` from being written, becomes one sentence."""
+    try:
+        yield
+    except OSError as error:
+        free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
+        raise UserError(f"cannot write {path}: {error.strerror or error} ({free:,} bytes are free there); what stood there "
+                        "before is untouched: make room, or name another folder by --run") from error
+
+
+@contextlib.contextmanager
 def atomic(path, mode="wb"):
     """Opens a file for writing that takes the name `path` only when it is whole and on the disk."""
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, mode) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-        sync_folder(path.parent)
-    except OSError as error:
-        free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
-        raise UserError(f"cannot write {path}: {error.strerror or error} ({free:,} bytes are free there); what stood there "
-                        "before is untouched: make room, or name another folder by --run") from error
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(part, mode) as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+            sync_folder(path.parent)
     finally:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
@@ -121,6 +129,13 @@ def read_tensors(path):
         raise UserError(f"{path} is corrupt or incomplete ({error}): remove it, and it is made again") from error
 
 
+def stored_checksum(path):
+    """The sha256 in a file's header, None where there is none: which file it is, without reading all of it."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError), open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        return json.loads(file.read(min(length, 2 ** 20)))["__metadata__"]["sha256"]
+
+
 # ---- stages ----------------------------------------------------------------------------------------------------------------
 
 def rng(seed, *names):
@@ -152,9 +167,10 @@ def begin(folder, settings, upstream=()):
     stale = [k for k, v in record["upstream"].items() if old["upstream"].get(k) != v]
     if stale:
         raise UserError(f"{folder} was made from another {' and another '.join(stale)} than the one beside it: {remedy}")
-    for leftover in folder.glob(".*.part"):
-        leftover.unlink()
-    return "done" in old
+    done = "done" in old
+    for leftover in [*folder.glob(".*.part"), *(folder.glob("resume-*.safetensors") if done else [])]:
+        leftover.unlink()                                            # of a process that was killed in the middle of it
+    return done
 
 
 def finish(folder, **artifacts):
@@ -166,10 +182,13 @@ def finish(folder, **artifacts):
 
 
 def fingerprint(folder):
-    """What identifies a finished artifact: a hash over its files' checksums."""
+    """What identifies a finished artifact: a hash over its files' checksums, as recorded and, where a file differs, as found."""
     done = read_json(Path(folder) / "stage.json").get("done")
     if not done:
         raise UserError(f"{folder} is not finished: run the command that makes it again")
+    for name, recorded in done.items():
+        if (path := Path(folder) / name).is_file() and (found := stored_checksum(path)) != recorded:
+            done[name] = [recorded, found]                           # another file was put in its place
     return hashlib.sha256(json.dumps(done, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -261,12 +280,12 @@ class Log:
     def write(self, **row):
         if self.file is None:                                        # nothing was resumed: what an earlier try wrote goes
             self.load_state_dict({"bytes": 0, "columns": None})
-        if self.columns is None:
-            self.columns = list(row)
-            self.file.write((",".join(self.columns) + "\n").encode())
+        lines = [] if self.columns else [",".join(row)]
+        self.columns = self.columns or list(row)
         cells = [f"{row[c]:.6g}" if isinstance(row.get(c), float) else str(row.get(c, "")) for c in self.columns]
-        self.file.write((",".join(cells) + "\n").encode())
-        self.file.flush()
+        with writing(self.path):
+            self.file.write("".join(line + "\n" for line in [*lines, ",".join(cells)]).encode())
+            self.file.flush()
 
     def state_dict(self):
         if self.file is None:
@@ -329,8 +348,11 @@ def lock(folder):
         file.seek(0)
         raise UserError(f"{folder} is in use by process {file.read().strip()}: wait for it, or name another folder by "
                         "--run") from error
-    file.seek(0)
-    file.truncate()
-    file.write(f"{os.getpid()}\n")
-    file.flush()
+    with writing(folder / ".lock"):
+        file.seek(0)
+        file.truncate()
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+    for leftover in folder.rglob(".*.part"):                         # of a process that was killed while it wrote
+        leftover.unlink()
     return file

@@ -151,9 +151,9 @@ def density_ratio(s, weight, grid):
 
 def reward_at(kl, rows):
     """The reward of a method at this KL, interpolated on its checkpoints; None if it never gets there.  rows: eval.csv's"""
-    for a, b in zip(rows, rows[1:]):
-        if a["kl"] <= kl <= b["kl"]:
-            return a["reward"] + (b["reward"] - a["reward"]) * (kl - a["kl"]) / (b["kl"] - a["kl"])
+    for a, b in zip(rows[-2::-1], rows[:0:-1]):                      # where it passes for the last time: some turn back
+        if min(a["kl"], b["kl"]) <= kl <= max(a["kl"], b["kl"]):
+            return b["reward"] + (a["reward"] - b["reward"]) * (b["kl"] - kl) / ((b["kl"] - a["kl"]) or 1)
     return None
 
 

@@ -107,7 +107,7 @@ def frontier(folder, found, rewards, curve):
     figure, axes = canvas(f"{folder.name}: reward against KL, test prompts", KL_AXIS, "oracle reward, log-odds of positive")
     on = curve["supported"]
     axes.plot(curve["kl"][on], curve["reward"][on], color=COLORS["limit"], lw=1.6, label="the limit: $\\pi^*_\\beta$ over $\\beta$")
-    best = [(2 ** i, *evaluate.best_of_n(rewards, 2 ** i)) for i in range(7)]
+    best = [(2 ** i, *evaluate.best_of_n(rewards, 2 ** i)) for i in range(7) if 2 ** i <= rewards.shape[1]]
     axes.plot(*np.array(best)[:, 1:].T, color=COLORS["best-of-n"], marker=".", ls=":", label="best of n, 1 to 64 (KL: upper bound)")
     lines = [{"curve": "limit", "seed": "", "kl": k, "reward": r, "beta_or_n_or_step": b}
              for b, k, r, s in zip(*(curve[c] for c in ("beta", "kl", "reward", "supported"))) if s]
@@ -207,7 +207,8 @@ def table(run, found, rewards, curve):
         samples = final_samples(path)
         gap = evaluate.gap_to_limit(rewards, samples["reward"][:P].mean(1).numpy(), samples["kl"][:P].mean(1).numpy())
         line = {"run": path.name} | rows[-1] | {f"share_at_{k:g}": evaluate.share_of_limit(k, rows, curve) for k in SHARES}
-        line["share_at_end"] = evaluate.share_of_limit(min(rows[-1]["kl"], curve["kl"][curve["supported"]].max()), rows, curve)
+        end = min(rows[-1]["kl"], curve["kl"][curve["supported"]].max(initial=0))
+        line["share_at_end"] = evaluate.share_of_limit(end, rows, curve)
         line |= {k: gap[k] if gap and gap["supported"] else None for k in ("gap", "se", "bias", "beta")}
         lines.append(line | win_rates(run, samples, before, score))
     write_csv(run.folder / "table.csv", lines)

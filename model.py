@@ -187,6 +187,8 @@ def token_logprob(model, ids, mask, temperature=1.0):
 
     The head sees response tokens only, a chunk of rows at a time, recomputed in backward: (N, T, V) logits never exist at once.
     """
+    if mask.dtype != torch.bool:
+        raise ValueError(f"mask must be boolean, True on response tokens, got {mask.dtype}")
     if mask[:, 0].any():
         raise ValueError("mask[:, 0] must be False: nothing comes before the first token, so it has no log-prob")
     hidden = model.hidden(ids[:, :-1])[mask[:, 1:]]                                         # (N, T-1, C) -> (M, C)

@@ -1,5 +1,6 @@
 """One optimizer step, for every stage and method: micro-batches, gradient clipping, the guard against NaN; the data order."""
 import math
+import sys
 
 import torch
 
@@ -32,7 +33,9 @@ def descend(optimizer, lr, parts, loss_sum, where):
             stats["loss"].backward()
             sums = {k: sums.get(k, 0.0) + v.item() for k, v in stats.items()}
             count += n
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
         raise UserError(f"{where}: out of memory: lower --micro-batch-size (the result does not depend on it)") from error
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     torch._foreach_div_([p.grad for p in parameters], count)
@@ -45,7 +48,24 @@ def descend(optimizer, lr, parts, loss_sum, where):
         group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    warn_if_stuck(optimizer, means["loss"], where)
     return means
+
+
+def out_of_memory(error):
+    """On a CPU and on MPS it is a RuntimeError like any other, but for its text."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "out of memory" in str(error) \
+        or "can't allocate memory" in str(error)
+
+
+def warn_if_stuck(optimizer, loss, where, steps=50):
+    """One warning if the loss of the first `steps` batches is a constant, as when the policy is its own reference."""
+    losses = optimizer.__dict__.setdefault("losses", [])
+    if len(losses) < steps:
+        losses.append(loss)
+        if len(losses) == steps and max(losses) - min(losses) <= 1e-4 * abs(losses[0]):
+            print(f"\n{where}: warning: the loss has stood at {loss:.4g} for {steps} steps: nothing is learned; look at the "
+                  "learning rate, and whether all responses of a prompt are the same", file=sys.stderr)
 
 
 def batch_at(step, batch, length, *names, window=32):

@@ -8,7 +8,7 @@ import itertools
 
 import torch
 
-from model import GPT, GPTConfig, sequence_logprob
+from model import GPT, GPTConfig, generate, sequence_logprob
 
 V, NEW, EOS = 6, 4, 0
 Y = sum((V - 1) ** n for n in range(NEW + 1))
@@ -74,3 +74,11 @@ def gap_closed(logp, ref_logp, reward, beta):
     start, here = (evaluate(x, ref_logp, reward, beta)[2].mean() for x in (ref_logp, logp))
     best = optimum(ref_logp, reward, beta)[1].mean()
     return float(((here - start) / (best - start)).detach())
+
+
+def draws(gpt, each, seed=0, temperature=1.0):
+    """`each` sampled responses to every prompt, those of a prompt together.  -> ids, mask (P*each, 1+NEW)"""
+    random = torch.Generator().manual_seed(seed)
+    ids, mask = generate(gpt, PROMPTS.repeat_interleave(each, 0), NEW, temperature, EOS, random)
+    room = (0, 1 + NEW - ids.shape[1])                               # generate trims to the longest
+    return torch.nn.functional.pad(ids, room, value=EOS), torch.nn.functional.pad(mask, room)

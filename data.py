@@ -20,7 +20,7 @@ import tiktoken
 import torch
 from tqdm import tqdm
 
-from checkpoint import UserError, read_tensors, write_tensors
+from files import UserError, read_tensors, write_tensors
 
 IMDB_URL = "http://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"
 IMDB_SIZE, IMDB_SHA256 = 84_125_825, "c40f74a18d3b61f90feba1e17730e0d38e8b97c05fde7008942e91923d1658fe"

@@ -19,8 +19,9 @@ import matplotlib.pyplot as plt  # noqa: E402  the backend must be chosen first
 
 import evaluate  # noqa: E402
 import stages  # noqa: E402
-from checkpoint import UserError, read_json, read_tensors, rng  # noqa: E402
+from checkpoint import rng  # noqa: E402
 from evaluate import COLORS, read_csv  # noqa: E402
+from files import UserError, atomic, read_json, read_tensors  # noqa: E402
 from model import generate, sequence_logprob  # noqa: E402
 
 SHARES = (0.5, 1, 2, 4)                                              # nats at which the share of the limit is told
@@ -80,20 +81,22 @@ def canvas(title, xlabel, ylabel):
 
 def save(figure, path, rows):
     figure.axes[0].legend(fontsize=8)
-    figure.savefig(path, dpi=160)
+    with atomic(path) as file:
+        figure.savefig(file, dpi=160, format="png")
     plt.close(figure)
     write_csv(path.with_suffix(".csv"), rows)
 
 
 def write_csv(path, rows):
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+    with atomic(path, "w") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 
 
 def plot(axes, name, runs, x, y):
     """A method's checkpoints: the mean over seeds, and a band from the lowest to the highest."""
+    runs = [one for one in runs if len(one[1]) == len(runs[0][1])]   # seeds with as many checkpoints as the first
     xs, ys = (np.array([[row[k] for row in rows] for _, rows in runs]) for k in (x, y))     # (seeds, checkpoints)
     axes.plot(xs.mean(0), ys.mean(0), label=label(name) + (f", {len(runs)} seeds" if len(runs) > 1 else ""), **style(name))
     if len(runs) > 1:
@@ -237,7 +240,8 @@ def write_samples(run, folder, before, after, n=8):
         prompt = run.encoding.decode(before["ids"][i, 0, :run.cfg.prompt_tokens].tolist())
         lines += [f"**{prompt}** …\n", f"- π_sft ({float(before['reward'][i, 0]):+.2f}): {text(before, i)}",
                   f"- aligned ({float(after['reward'][i, 0]):+.2f}): {text(after, i)}\n"]
-    (folder / "samples.md").write_text("\n".join(lines), encoding="utf-8")
+    with atomic(folder / "samples.md", "w") as file:
+        file.write("\n".join(lines))
 
 
 def main(argv=None):

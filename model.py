@@ -16,7 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
-from checkpoint import UserError, read_json, read_tensors, write_json, write_tensors
+from files import UserError, read_json, read_tensors, write_json, write_tensors
 
 # name: (layers, heads, channels, bytes of pytorch_model.bin, its sha256 where it is known beforehand)
 RELEASED = {"gpt2": (12, 12, 768, 548_118_077, "7c5d3f4b8b76583b422fcb9189ad6c89d5d97a094541ce8932dce3ecabde1421"),
@@ -289,6 +289,8 @@ def generate(model, prompt_ids, max_new_tokens, temperature=1.0, eos_id=None, ge
             if t + 1 < max_new_tokens:
                 hidden = model.hidden(token[:, None], cache)[:, 0]                          # (n, 1, C) -> (n, C)
                 cache.advance(None)
+    if not hidden.isfinite().all():
+        raise UserError("the policy's states are not finite while it samples: its training has blown up, lower the learning rate")
     column = torch.arange(ids.shape[1], device=device) - start[:, None]                     # (N, T) 0 at the response's start
     mask = (column >= 0) & (column < max_new_tokens)
     if eos_id is not None:
@@ -304,7 +306,8 @@ def sample(logits, uniform):
     cdf = (logits - logits.amax(-1, keepdim=True)).exp().cumsum(-1)                         # (N, V), not normalised
     total = cdf[:, -1:]
     point = torch.minimum(uniform[:, None] * total, total.nextafter(torch.zeros_like(total)))   # rounding stays below
-    return torch.searchsorted(cdf, point, right=True).squeeze(1)     # the first token with cdf > point: its weight is not zero
+    token = torch.searchsorted(cdf, point, right=True).squeeze(1)    # the first with cdf > point: its weight is not zero
+    return token.clamp(max=logits.shape[1] - 1)                      # only nan logits reach V: `generate` refuses them
 
 
 # ---- weights in Hugging Face's layout --------------------------------------------------------------------------------------

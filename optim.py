@@ -1,10 +1,10 @@
 """One optimizer step, for every stage and method: micro-batches, gradient clipping, the guard against NaN; the data order."""
 import math
-import sys
 
 import torch
 
-from checkpoint import UserError, rng
+from checkpoint import rng
+from files import UserError
 
 BETAS, CLIP = (0.9, 0.95), 1.0                                       # official code: Adam's betas and the gradient clip
 
@@ -48,7 +48,6 @@ def descend(optimizer, lr, parts, loss_sum, where):
         group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    warn_if_stuck(optimizer, means["loss"], where)
     return means
 
 
@@ -58,14 +57,9 @@ def out_of_memory(error):
         or "can't allocate memory" in str(error)
 
 
-def warn_if_stuck(optimizer, loss, where, steps=50):
-    """One warning if the loss of the first `steps` batches is a constant, as when the policy is its own reference."""
-    losses = optimizer.__dict__.setdefault("losses", [])
-    if len(losses) < steps:
-        losses.append(loss)
-        if len(losses) == steps and max(losses) - min(losses) <= 1e-4 * abs(losses[0]):
-            print(f"\n{where}: warning: the loss has stood at {loss:.4g} for {steps} steps: nothing is learned; look at the "
-                  "learning rate, and whether all responses of a prompt are the same", file=sys.stderr)
+def stuck(losses):
+    """True if these losses are a constant, as when the policy is its own reference."""
+    return max(losses) - min(losses) <= 1e-4 * abs(losses[0])
 
 
 def batch_at(step, batch, length, *names, window=32):

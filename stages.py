@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 
 import data
-from checkpoint import Log, UserError, begin, finish, read_json, read_tensors, resumable, rng, write_json, write_tensors
+from checkpoint import Log, begin, finish, resumable, rng
 from evaluate import measure
+from files import UserError, read_json, read_tensors, write_json, write_tensors
 from model import GPT, GPTConfig, ScalarGPT, generate, sequence_logprob, token_logprob
 from optim import adamw, batch_at, cosine, descend
 

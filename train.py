@@ -6,6 +6,7 @@ The same command again goes on where it stopped; another method starts at its al
 """
 import argparse
 import math
+import shlex
 import sys
 from dataclasses import dataclass, field
 
@@ -15,26 +16,13 @@ import figures
 import ppo
 import stages
 import xpo
-from checkpoint import (
-    Log,
-    Stopped,
-    UserError,
-    begin,
-    catch_signals,
-    finish,
-    lock,
-    read_json,
-    read_tensors,
-    resumable,
-    rng,
-    write_json,
-    write_tensors,
-)
+from checkpoint import Log, Stopped, begin, catch_signals, finish, lock, resumable, rng
 from dpo import dpo_loss, dpo_reward_loss
 from evaluate import measure, read_csv, summary
 from exo import exo_loss, exo_pref_loss
+from files import UserError, read_json, read_tensors, write_json, write_tensors
 from model import sequence_logprob
-from optim import adamw, batch_at, cosine, descend
+from optim import adamw, batch_at, cosine, descend, out_of_memory, stuck
 from stages import Run, trim
 
 
@@ -369,8 +357,9 @@ def align(run, method, feedback, K, seed):
             policy.save_pretrained(folder / f"step-{step + 1:05d}", run.eos_id)
             write_tensors(folder / f"step-{step + 1:05d}" / "samples.safetensors", found)
             bar.write(f"step {step + 1}: reward {row['reward']:.2f} at KL {row['kl']:.2f} nats, length {row['length']:.0f}")
-        if step + 1 == 50 and len({row["loss"] for row in read_csv(folder / "metrics.csv")}) == 1:
-            bar.write(f"warning: the loss is {stats['loss']:.4f} in each of the first 50 steps: nothing is being learned")
+        if step + 1 == 50 and stuck([row["loss"] for row in read_csv(folder / "metrics.csv")]):
+            print(f"\n{folder.name}, step 50: warning: the loss has stood at {stats['loss']:.4g} for 50 steps: nothing is learned; "
+                  "look at the learning rate, and whether all responses of a prompt are the same", file=sys.stderr)
         shown = ("loss", "rewards_margin", "rewards_accuracy", "reward", "kl", "explore_log_ratio")
         bar.set_postfix({k.removeprefix("rewards_"): f"{stats[k]:.3f}" for k in shown if k in stats}, refresh=False)
     final = f"step-{evaluated[-1]:05d}"
@@ -405,8 +394,12 @@ def main(argv=None):
     except UserError as error:
         sys.exit(f"train.py: {error}")
     except Stopped as stopped:
-        print(f"stopped; go on with: python train.py {' '.join(sys.argv[1:] if argv is None else argv)}", file=sys.stderr)
+        print(f"stopped; go on with: python train.py {shlex.join(sys.argv[1:] if argv is None else argv)}", file=sys.stderr)
         sys.exit(128 + stopped.args[0])
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        sys.exit("train.py: out of memory: lower --sample-batch, or --micro-batch-size")
 
 
 if __name__ == "__main__":

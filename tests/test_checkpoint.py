@@ -13,24 +13,8 @@ import safetensors.torch
 import torch
 
 import checkpoint
-from checkpoint import (
-    DTYPES,
-    Log,
-    Stopped,
-    UserError,
-    begin,
-    catch_signals,
-    fingerprint,
-    finish,
-    lock,
-    pack,
-    read_json,
-    read_tensors,
-    resumable,
-    rng,
-    unpack,
-    write_tensors,
-)
+from checkpoint import Log, Stopped, begin, catch_signals, fingerprint, finish, lock, pack, resumable, rng, unpack
+from files import DTYPES, UserError, atomic, read_json, read_tensors, write_tensors
 from optim import adamw, batch_at, cosine, descend
 
 ROOT = Path(__file__).parent.parent
@@ -165,9 +149,9 @@ def python(*lines, **settings):
 def test_a_disk_that_is_full_leaves_the_file_before_whole_and_nothing_else(tmp_path):
     path = tmp_path / "x"
     write_tensors(path, {"w": torch.ones(100)})
-    child = python("import sys, torch, checkpoint", "try:",
-                   f"    checkpoint.write_tensors({str(path)!r}, {{'w': torch.zeros(100_000)}})",
-                   "except checkpoint.UserError as error:", "    sys.exit(f'refused: {error}')",
+    child = python("import sys, torch, checkpoint, files", "try:",
+                   f"    files.write_tensors({str(path)!r}, {{'w': torch.zeros(100_000)}})",
+                   "except files.UserError as error:", "    sys.exit(f'refused: {error}')",
                    preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)))
     _, text = child.communicate()
     assert child.returncode == 1 and text.startswith(f"refused: cannot write {path}: ") and "bytes are free" in text
@@ -185,7 +169,7 @@ def test_a_path_that_cannot_be_written_is_refused_and_leaves_nothing(tmp_path):
 
 def test_an_error_while_a_file_is_written_leaves_the_file_before_whole(tmp_path):
     (tmp_path / "x").write_text("before")
-    with pytest.raises(KeyError), checkpoint.atomic(tmp_path / "x") as file:
+    with pytest.raises(KeyError), atomic(tmp_path / "x") as file:
         file.write(b"half of what")
         raise KeyError
     assert (tmp_path / "x").read_text() == "before" and os.listdir(tmp_path) == ["x"]
@@ -573,7 +557,7 @@ def test_a_second_signal_leaves_at_once_and_the_last_save_is_sound(tmp_path, und
 def test_a_second_process_is_refused_while_the_first_has_the_folder(tmp_path):
     held = lock(tmp_path / "a run")
     child = python("import sys, checkpoint", "try:", f"    checkpoint.lock({str(tmp_path / 'a run')!r})",
-                   "except checkpoint.UserError as error:", "    sys.exit(str(error))")
+                   "except files.UserError as error:", "    sys.exit(str(error))")
     _, text = child.communicate()
     assert child.returncode == 1 and f"{tmp_path / 'a run'} is in use by process {os.getpid()}: " in text
     held.close()

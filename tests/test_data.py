@@ -15,7 +15,7 @@ import tiktoken.registry
 import torch
 
 import data
-from checkpoint import UserError
+from files import UserError
 
 EOS = 99
 

@@ -20,6 +20,7 @@ from enumerable import (
 )
 
 import checkpoint
+import files
 import stages
 import train
 import xpo
@@ -157,8 +158,8 @@ class Small(stages.Run):
             table = {"ids": ids.int(), "mask": mask, "ref_logp": sequence_logprob(policy(), ids, mask),
                      "reward": reward_of(ids, mask)}
         table = {k: v.view(n * len(PROMPTS), each, *v.shape[1:]) for k, v in table.items()}
-        checkpoint.write_tensors(folder / "responses.safetensors", table)
-        checkpoint.write_tensors(folder / "rewards.safetensors", {"reward": table["reward"]})
+        files.write_tensors(folder / "responses.safetensors", table)
+        files.write_tensors(folder / "rewards.safetensors", {"reward": table["reward"]})
         patch.setattr(stages, "responses", lambda run: folder)
         patch.setattr(stages, "reward_model", lambda run: folder)
 
@@ -327,7 +328,7 @@ def test_a_closed_round_stays_closed_through_a_checkpoint(tmp_path):
 def test_a_round_stops_where_pi_sfts_responses_have_fallen_by_the_rewards_range(tmp_path, monkeypatch):
     """Without a floor of its own the bonus pushes on; what is stopped stays stopped until the next round."""
     run = short_run(tmp_path, monkeypatch, alpha=30.0, beta_pi=8.0, xpo_epochs=8, align_lr=1e-2)
-    reward = checkpoint.read_tensors(tmp_path / "responses.safetensors")[0]["reward"]
+    reward = files.read_tensors(tmp_path / "responses.safetensors")[0]["reward"]
     floor = -float(reward.max() - reward.min()) / 8.0
     schedule = xpo.rounds(2, 24, 8, 16)
     stats = run.train("xpo")[2]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import model
-from checkpoint import UserError
+from files import UserError
 from model import GPT, GPTConfig, ScalarGPT, generate, sample, sequence_logprob, token_logprob
 
 EOS = 12

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import data
-from checkpoint import read_json, read_tensors
 from evaluate import gap_to_limit, read_csv, sequence_kl
+from files import read_json, read_tensors
 from model import GPT, ScalarGPT, generate
 
 pytestmark = pytest.mark.slow

@@ -11,9 +11,9 @@ import torch
 
 import data
 import train
-from checkpoint import read_tensors
 from evaluate import read_csv
 from exo import exo_pref_loss
+from files import read_tensors
 from model import GPT, sequence_logprob
 
 ROOT = Path(__file__).parent.parent

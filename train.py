@@ -227,7 +227,6 @@ def offline(run, policy, optimizer, method, feedback, K, seed):
     """EXO and DPO, from pairs or from a reward model's scores.  -> number of steps, step(step, share of lr) -> stats, state"""
     cfg = run.cfg
     ids, mask, ref_logp, reward = candidates(run, feedback, K)
-    length = mask.sum(2).amax(1).cpu()                                                      # (P,)
     if run.bf16:                                                     # in float32 it is below 1e-4, which a test holds
         with torch.no_grad():
             logp = sequence_logprob(policy, ids[:8].flatten(0, 1).long(), mask[:8].flatten(0, 1), cfg.temperature)
@@ -247,7 +246,7 @@ def offline(run, policy, optimizer, method, feedback, K, seed):
         return {"loss": loss * len(index)} | implicit_rewards(cfg.beta_pi * (logp - ref).detach(), best, worst), len(index)
 
     def step(step, share):
-        index = batch_at(step, cfg.align_batch, length, "align", seed)
+        index = batch_at(step, cfg.align_batch, torch.zeros(len(ids)), "align", seed, window=1)
         return descend(optimizer, cfg.align_lr * share, run.part(index, ids.shape[1]), loss_sum, f"{method}, step {step + 1}")
 
     return cfg.align_steps, step, {}
@@ -268,7 +267,7 @@ def proximal(run, policy, optimizer, seed):
     critic.score.weight.data *= read_json(trained / "report.json")["scale"]
     critic_optimizer = adamw(critic, cfg.ppo_critic_lr, eps=1e-5)
     prompts = read_tensors(stages.responses(run) / "responses.safetensors")[0]["ids"][:, 0, :cfg.prompt_tokens].long()
-    reward, order = stages.reward_function(run, trained), torch.zeros(len(prompts))
+    reward, order = stages.reward_function(run, trained), torch.zeros(len(prompts))         # a prompt is as long as another
 
     def step(step, share):
         return ppo.iteration(
@@ -314,7 +313,7 @@ def online(run, policy, optimizer, seed):
             play(t)
         if replay.closed == t:                                       # this round has gone as far as the bonus may push
             return dict.fromkeys(("loss", "grad_norm"), 0.0)
-        index = batch_at(i, cfg.align_batch, replay.data["mask"].sum(2).amax(1).cpu(), "xpo", seed, t)
+        index = batch_at(i, cfg.align_batch, torch.zeros(len(replay)), "xpo", seed, t, window=1)
         stats = descend(optimizer, cfg.align_lr * share, run.part(index, 2), loss_sum, f"xpo, step {step + 1}")
         if stats["explore_log_ratio"] < floor:                       # the bonus has no floor of its own on a replay
             replay.closed = t

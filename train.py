@@ -187,8 +187,10 @@ def impossible(cfg):
         return f"--n-embd {cfg.n_embd} must be a multiple of --n-head {cfg.n_head}"
     if len(set(cfg.seeds)) < len(cfg.seeds):
         return f"--seeds must be different, got {cfg.seeds}"
-    for small, large in (("checkpoints", "align_steps"), ("limit_prompts", "eval_prompts"), ("align_batch", "prompts"),
-                         ("ppo_batch", "prompts"), ("xpo_prompts", "prompts"), ("checkpoints", "ppo_steps")):
+    at_most = {"all": [("limit_prompts", "eval_prompts")], "ppo": [("ppo_batch", "prompts"), ("checkpoints", "ppo_steps")],
+               "xpo": [("xpo_prompts", "prompts")], "exo": [("checkpoints", "align_steps"), ("align_batch", "prompts")]}
+    at_most["dpo"] = at_most["exo"]
+    for small, large in [pair for method in at_most if method in ("all", cfg.method) or cfg.method == "all" for pair in at_most[method]]:
         if getattr(cfg, small) > getattr(cfg, large):
             return f"--{small.replace('_', '-')} must be at most --{large.replace('_', '-')} {getattr(cfg, large)}"
 

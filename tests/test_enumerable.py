@@ -234,7 +234,7 @@ def test_the_bonus_lowers_the_log_prob_of_pi_sfts_responses(tmp_path, monkeypatc
 def test_the_bonus_is_on_the_responses_of_pi_sft(tmp_path, monkeypatch):
     """At the first step pi = pi_sft: log 2 of every pair, and alpha times the mean log pi_sft of what pi_sft drew."""
     run = short_run(tmp_path, monkeypatch, alpha=0.1, align_batch=24)
-    monkeypatch.setattr(train, "batch_at", lambda *names: torch.arange(24))
+    monkeypatch.setattr(train, "batch_at", lambda *names, window: torch.arange(24))
     _, state, stats = run.train("xpo", steps=1)
     pairs = state["replay"].data
     drawn, fresh = (pairs["ref_logp"].gather(1, x[:, None]).mean() for x in (pairs["explore"], 1 - pairs["explore"]))

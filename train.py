@@ -190,7 +190,8 @@ def impossible(cfg):
     at_most = {"all": [("limit_prompts", "eval_prompts")], "ppo": [("ppo_batch", "prompts"), ("checkpoints", "ppo_steps")],
                "xpo": [("xpo_prompts", "prompts")], "exo": [("checkpoints", "align_steps"), ("align_batch", "prompts")]}
     at_most["dpo"] = at_most["exo"]
-    for small, large in [pair for method in at_most if method in ("all", cfg.method) or cfg.method == "all" for pair in at_most[method]]:
+    asked = at_most if cfg.method == "all" else ("all", cfg.method)
+    for small, large in (pair for method in asked for pair in at_most[method]):
         if getattr(cfg, small) > getattr(cfg, large):
             return f"--{small.replace('_', '-')} must be at most --{large.replace('_', '-')} {getattr(cfg, large)}"
 

@@ -67,7 +67,7 @@ def batch_at(step, batch, length, *names, window=32):
 
     length: (n,) tokens of each example.  Of every `window` batches in a row the examples are sorted by length, and the batches
     then shuffled, so that a batch pads little and the order stays random.  -> (batch,) int64, ascending in length
-    Alignment takes plain shuffled batches, window=1  # ours: with batches of one length EXO-rw's KL ran away on a seed of three
+    Alignment takes plain shuffled batches, window=1  # ours: with batches of one length EXO-rw ran away on a seed of three
     """
     n, first = len(length), step // window * window
     position = torch.arange(first * batch, (first + window) * batch)

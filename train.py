@@ -84,9 +84,9 @@ class Config:
     rm_batch: int = opt(32, "pairs a step [official code: 128]", "reward_model")
     rm_lr: float = opt(1e-3, "peak learning rate [official code: 1e-5]", "reward_model")
     # alignment
-    align_steps: int = opt(300, "steps of EXO and DPO [paper: one epoch]", "offline")
+    align_steps: int = opt(400, "steps of EXO and DPO [paper: one epoch]", "offline")
     align_batch: int = opt(32, "prompts a step of EXO, DPO and XPO [paper: 64]", "offline xpo")
-    align_lr: float = opt(1.25e-4, "peak learning rate of EXO, DPO and XPO [paper: 1e-6]", "offline xpo")
+    align_lr: float = opt(1e-4, "peak learning rate of EXO, DPO and XPO [paper: 1e-6]", "offline xpo")
     beta_pi: float = opt(0.5, "scales the policy's log-ratio; DPO's beta on pairs [official code: 0.1 on IMDB]", "align")
     beta_r: float = opt(1.0, "divides the reward; beta = beta_pi * beta_r [official code: 0.1 on IMDB]", "align")
     eps: float = opt(1e-3, "label smoothing of EXO's pairs [paper]", "offline")

@@ -179,9 +179,10 @@ class Log:
         self.columns = state["columns"]
         if state["bytes"] and (not self.path.exists() or self.path.stat().st_size < state["bytes"]):
             raise UserError(f"{self.path} has lost rows since the last save: remove its folder, and this stage starts again")
-        self.file = open(self.path, "r+b" if self.path.exists() else "w+b")
-        self.file.truncate(state["bytes"])
-        self.file.seek(state["bytes"])
+        with writing(self.path):
+            self.file = open(self.path, "r+b" if self.path.exists() else "w+b")
+            self.file.truncate(state["bytes"])
+            self.file.seek(state["bytes"])
 
 
 # ---- one run at a time, and how it is stopped ------------------------------------------------------------------------------

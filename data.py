@@ -144,8 +144,8 @@ def gpt2_encoding():
 
 # ---- tiny reviews: a grammar with a known truth ----------------------------------------------------------------------------
 #
-# A review is a neutral opening of six words, the prompt, and three to five sentences with one or two opinions each.  An opinion
-# is +1, -1 or 0 by independent draws, and  P(label = 1) = sigmoid(sum of opinions):  the best log-odds there are is that sum.
+# A review is a neutral opening, whose first six words are the prompt, and three to five sentences with one or two opinions each.
+# An opinion is +1, -1 or 0 by independent draws, and  P(label = 1) = sigmoid(sum of opinions):  that sum is the best log-odds.
 
 WHEN = ["Last night", "Last week", "Last summer", "On Friday", "On Sunday", "One evening", "This morning", "Two days"]
 WHO, SAW, THE = ["I", "we", "they"], ["watched", "saw", "rented", "finished"], ["this", "that"]

@@ -7,8 +7,8 @@ The same two distributions over the K responses of a prompt as in `exo.py`, in t
     L_DPO-rw = mean over prompts of the cross-entropy of p_f under p_r                        Eq 19
 
 which is KL(p_r || p_f) up to a constant.  As K grows its gradient is that of the *forward* KL(pi*_beta_r || pi^beta_pi)
-(Theorem 3.3).  That is a statement about large K: at K = 2 the expected gradient lies close to the one of J, as EXO's does,
-and it turns towards the forward KL's only as K grows (`toy/exo_is_exact.ipynb` shows by how much).
+(Theorem 3.3).  That is a statement about large K: at K = 2 and beta_r = beta_pi = 0.1 the expected gradient lies near the one
+of J, as EXO's does, and turns towards the forward KL's only as K grows (`toy/exo_is_exact.ipynb` shows by how much).
 Equation numbers: the EXO paper, arXiv version 1.
 """
 import torch.nn.functional as F

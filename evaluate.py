@@ -88,12 +88,15 @@ def limit_at(reward, beta):
 
 
 def limit_curve(reward, betas=None):
-    """The limit over beta -> {beta, kl, reward, supported: (n,)}: drawn only where 90% of the prompts have ESS >= 50."""
+    """The limit over beta -> {beta, kl, reward, supported: (n,), start}: drawn only where 90% of the prompts have ESS >= 50.
+
+    start: pi_sft's reward on the same prompts, where the curve begins at KL 0.
+    """
     betas = np.geomspace(100, 0.02, 200) if betas is None else betas
     found = [limit_at(reward, b) for b in betas]
     return {"beta": np.asarray(betas), "reward": np.array([r.mean() for r, _, _, _ in found]),
             "kl": np.array([k.mean() for _, k, _, _ in found]),
-            "supported": np.array([(ess >= 50).mean() >= 0.9 for _, _, ess, _ in found])}
+            "start": float(np.mean(reward)), "supported": np.array([(ess >= 50).mean() >= 0.9 for _, _, ess, _ in found])}
 
 
 def beta_at(reward, kl):
@@ -111,7 +114,7 @@ def gap_to_limit(limit_reward, reward, kl):
     """beta E_x KL(pi || pi*_beta) at the beta of the policy's own KL: the vertical distance to the limit.
 
     limit_reward (P, M): pi_sft's responses; reward, kl (P,): the policy's means on the same prompts.
-    -> {gap, se, bias (of the sampled limit, subtract from gap), beta, supported}, or None beyond the curve.
+    -> {gap, se, bias (by which the sampled limit makes the gap too small: add it), beta, supported}, or None beyond the curve.
     """
     beta = beta_at(limit_reward, float(np.mean(kl)))
     if beta is None:
@@ -158,12 +161,11 @@ def reward_at(kl, rows):
 
 
 def share_of_limit(kl, rows, curve):
-    """(r(pi at kl) - r(pi_sft)) / (r*(kl) - r(pi_sft)); None where the method or the curve does not reach."""
+    """(r(pi at kl) - r(pi_sft)) / (r*(kl) - r(pi_sft)), each gain on its own prompts; None where either does not reach."""
     reward, reachable = reward_at(kl, rows), curve["kl"][curve["supported"]]
     if reward is None or not len(reachable) or kl > reachable.max():
         return None
-    best, start = np.interp(kl, curve["kl"], curve["reward"]), rows[0]["reward"]
-    return (reward - start) / (best - start)
+    return (reward - rows[0]["reward"]) / (np.interp(kl, curve["kl"], curve["reward"]) - curve["start"])
 
 
 def read_csv(path):

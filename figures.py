@@ -109,7 +109,8 @@ KL_AXIS = "KL$(\\pi \\,\\|\\, \\pi_{sft})$, nats a sequence"
 def frontier(folder, found, rewards, curve):
     figure, axes = canvas(f"{folder.name}: reward against KL, test prompts", KL_AXIS, "oracle reward, log-odds of positive")
     on = curve["supported"]
-    axes.plot(curve["kl"][on], curve["reward"][on], color=COLORS["limit"], lw=1.6, label="the limit: $\\pi^*_\\beta$ over $\\beta$")
+    limit = f"the limit: $\\pi^*_\\beta$ over $\\beta$ (on {len(rewards)} of the prompts)"
+    axes.plot(curve["kl"][on], curve["reward"][on], color=COLORS["limit"], lw=1.6, label=limit)
     best = [(2 ** i, *evaluate.best_of_n(rewards, 2 ** i)) for i in range(7) if 2 ** i <= rewards.shape[1]]
     axes.plot(*np.array(best)[:, 1:].T, color=COLORS["best-of-n"], marker=".", ls=":", label="best of n, 1 to 64 (KL: upper bound)")
     lines = [{"curve": "limit", "seed": "", "kl": k, "reward": r, "beta_or_n_or_step": b}
@@ -168,15 +169,16 @@ def density(run, found, M=2048, beta=None):
         if name.startswith(("exo", "dpo")):
             final = run.policy(runs[0][0] / read_json(runs[0][0] / "stage.json")["done"]["final"])
             exponents[name] = over_parts(lambda ids, mask, final=final: sequence_logprob(final, ids, mask, cfg.temperature)) - s
-    figure, axes = canvas(f"{run.folder.name}: density ratio to $\\pi_{{sft}}$, prompt “{run.encoding.decode(prompt)}”",
+    title = run.encoding.decode(prompt).replace("$", r"\$").replace("\n", " ")
+    figure, axes = canvas(f"{run.folder.name}: density ratio to $\\pi_{{sft}}$, prompt “{title}”",
                           "$\\log \\pi_{sft}$ of a response, nats", "$\\pi / \\pi_{sft}$ (kernel estimate)")
     grid, lines = np.linspace(*np.percentile(s, [2, 98]), 100), []
     for name, exponent in exponents.items():
         weight = np.exp(exponent - np.logaddexp.reduce(exponent))                           # (M,)
         ratio, ess = evaluate.density_ratio(s, weight, grid), 1 / (weight ** 2).sum()
         look = {"color": COLORS["limit"], "lw": 1.6} if name == "optimum" else style(name) | {"marker": None}
-        title = f"$\\pi^*_\\beta$, β = {beta:g}" if name == "optimum" else label(name)
-        axes.plot(grid, ratio, label=f"{title} (effective samples {ess:.0f} of {M})", **look)
+        curve = f"$\\pi^*_\\beta$, β = {beta:g}" if name == "optimum" else label(name)
+        axes.plot(grid, ratio, label=f"{curve} (effective samples {ess:.0f} of {M})", **look)
         lines += [{"curve": name, "log_ref": g, "ratio": r, "effective_samples": ess} for g, r in zip(grid, ratio)]
     axes.axhline(1, color=COLORS["sft"], lw=0.8)
     axes.set_yscale("log")
@@ -250,8 +252,12 @@ def main(argv=None):
     parser.add_argument("run", type=Path)
     folder = parser.parse_args(argv).run
     try:
+        if not (folder / "config.json").exists():
+            raise UserError(f"{folder} is not a run folder: name one that train.py has made")
         cfg = SimpleNamespace(**read_json(folder / "config.json") | {"run": str(folder)})
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        draw(stages.Run(cfg, device, device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)))
+        cuda = torch.cuda.is_available() and cfg.device in ("auto", "cuda")
+        torch.set_float32_matmul_precision(cfg.matmul)
+        bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        draw(stages.Run(cfg, torch.device("cuda" if cuda else "cpu"), bf16))
     except UserError as error:
         sys.exit(f"evaluate.py: {error}")

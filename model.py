@@ -107,9 +107,12 @@ class GPT(nn.Module):
             return self.ln_f(x)
 
     def head(self, hidden):
-        """(..., C) -> (..., V) logits in float32; the head is the token embedding."""
-        with self.precision():
-            return F.linear(hidden, self.wte.weight).float()
+        """(..., C) -> (..., V) logits; the head is the token embedding.
+
+        In float32 also under bf16: GPT-2's logits lie near -100, where bf16 knows steps of 0.5, and log-ratios would be noise.
+        """
+        with torch.autocast(self.wte.weight.device.type, enabled=False):
+            return F.linear(hidden.float(), self.wte.weight)
 
     def forward(self, ids):
         return self.head(self.hidden(ids))                                                  # (N, T) -> (N, T, V)

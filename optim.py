@@ -36,7 +36,7 @@ def descend(optimizer, lr, parts, loss_sum, where):
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        raise UserError(f"{where}: out of memory: lower --micro-batch-size (the result does not depend on it)") from error
+        raise UserError(f"{where}: out of memory: lower --micro-batch-size, or set it: the result does not depend on it") from error
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     torch._foreach_div_([p.grad for p in parameters], count)
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, CLIP))

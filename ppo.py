@@ -39,6 +39,8 @@ Dropped, because they change the objective under which the methods are compared,
 
 (N, T) tensors are indexed by the token they speak of, 0 off the mask; N responses, T tokens.
 """
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -175,7 +177,7 @@ def iteration(policy, ref, critic, policy_optimizer, critic_optimizer, reward, p
         for rows in torch.randperm(len(ids), generator=generator).chunk(minibatches):
             parts = rows.split(micro_batch_size or len(rows))
             value = descend(critic_optimizer, critic_lr, parts, value_loss_sum, f"{where}, critic")
-            stats = dict.fromkeys(("loss", "approx_kl", "clip_fraction", "grad_norm"), 0.0)     # the policy stays
+            stats = dict.fromkeys(("loss", "approx_kl", "clip_fraction", "grad_norm"), math.nan)     # the policy stays
             if not critic_only:
                 stats = descend(policy_optimizer, policy_lr, parts, policy_loss_sum, f"{where}, policy")
             updates.append(stats | {"value_loss": value["loss"], "value_grad_norm": value["grad_norm"]})

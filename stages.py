@@ -29,7 +29,6 @@ class Run:
         self.encoding = data.tiny_encoding() if cfg.data == "tiny" else data.gpt2_encoding()
         self.eos_id = self.encoding.eot_token
         self.block_size = cfg.prompt_tokens + cfg.new_tokens
-        self.source = "grammar 1" if cfg.data == "tiny" else data.imdb_key(cfg.imdb, self.encoding)[1]
 
     def settings(self, stage):
         """The settings that this stage's artifact depends on, beside what it reads from upstream."""
@@ -38,13 +37,18 @@ class Run:
             name: getattr(self.cfg, name) for name, field in fields if stage in field.metadata["stages"].split()}
 
     @cached_property
+    def source(self):
+        """What identifies the reviews."""
+        return "grammar 1" if self.cfg.data == "tiny" else data.imdb_key(self.cfg.imdb, self.encoding)[1]
+
+    @cached_property
     def reviews(self):
         """{"train", "test"}: reviews longer than a prompt, shuffled; in "train" the labelled ones come first."""
         cfg = self.cfg
         both = data.load_tiny(cfg.sft_reviews, cfg.test_reviews, self.encoding) if cfg.data == "tiny" \
             else data.load_imdb(cfg.imdb, self.encoding)
         for split, reviews in both.items():
-            long = np.array([len(r) > cfg.prompt_tokens for r in reviews.ids])
+            long = np.array([len(r) > cfg.prompt_tokens for r in reviews.ids], dtype=bool)
             if not long.all():
                 print(f"{split}: {(~long).sum():,} of {len(reviews):,} reviews skipped: not longer than a prompt")
             order = torch.randperm(len(reviews), generator=rng("reviews", split)).numpy()
@@ -54,8 +58,8 @@ class Run:
         labelled = int((both["train"].label >= 0).sum())
         for flag, asked, there in (("--sft-reviews", cfg.sft_reviews, len(both["train"])), ("--prompts", cfg.prompts, labelled),
                                    ("--eval-prompts", cfg.eval_prompts, len(both["test"]))):
-            if asked > there and cfg.data != "tiny":
-                raise UserError(f"{flag} asks for {asked:,} reviews, and there are {there:,}: lower it, or add to --imdb")
+            if asked > there:
+                raise UserError(f"{flag} asks for {asked:,} reviews, and there are {there:,}: lower it, or provide more reviews")
         return both
 
     def prompts(self, split, n):
@@ -263,7 +267,8 @@ def reward_model(run):
     length = table["mask"][:, :2].sum(2).amax(1)
     fit(run, folder, scorer, cfg.rm_steps, cfg.rm_batch, cfg.rm_lr, length, loss_sum)
     with torch.no_grad():
-        score = torch.cat([scores(index, range(cfg.responses)).cpu() for index in torch.arange(cfg.prompts).split(64)])
+        parts = torch.arange(cfg.prompts).split(max(1, cfg.sample_batch // cfg.responses))
+        score = torch.cat([scores(index, range(cfg.responses)).cpu() for index in parts])
     shift, scale = float(score.mean()), float(within_prompt_sd(table["reward"]) / within_prompt_sd(score))
     fresh = [table["reward"][:, 2] > table["reward"][:, 3], score[:, 2] > score[:, 3]]      # a pair that it was not trained on
     centred = [x - x.mean(1, keepdim=True) for x in (score, table["reward"])]

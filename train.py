@@ -46,7 +46,7 @@ class Config:
     preset: str = opt("auto", "the experiment; auto: imdb with CUDA, else tiny", "",
                       ["auto", "tiny", "imdb-small", "imdb", "imdb-large"])
     run: str = opt("", "the folder of this run's artifacts")
-    smoke: bool = opt(False, "everything at a toy size, in seconds: does it run from end to end?")
+    smoke: bool = opt(False, "all stages at a toy size, in seconds: does it run from end to end?")
     device: str = opt("auto", "where to compute", "", ["auto", "cpu", "cuda", "mps"])
     matmul: str = opt("highest", "PyTorch's float32 matmul precision: medium is twice as fast on some CPUs [ours]", "",
                       ["highest", "high", "medium"])
@@ -100,7 +100,7 @@ class Config:
     xpo_rounds: int = opt(4, "rounds of XPO [XPO's experiment: 3]", "xpo")
     xpo_prompts: int = opt(768, "prompts a round, a pair each [ours]", "xpo")
     xpo_epochs: int = opt(2, "passes a round over all pairs so far [ours]", "xpo")
-    alpha: float = opt(0.0015, "XPO's bonus, 0.003 beta_pi [ours]; 0 is online DPO", "xpo")
+    alpha: float = opt(0.0015, "XPO's bonus, 0.003 times the preset's beta_pi [ours]; 0 is online DPO", "xpo")
     # evaluation
     checkpoints: int = opt(6, "checkpoints evaluated, evenly spaced [official code: 10]", "align")
     eval_prompts: int = opt(256, "test prompts [paper: 512]", "reference align")
@@ -159,7 +159,7 @@ def parse(argv=None):
     plain = vars(Config())
     first = build(plain).parse_args([a for a in (sys.argv[1:] if argv is None else argv) if a not in ("-h", "--help")])
     cuda = torch.cuda.is_available() and first.device in ("auto", "cuda")
-    preset = first.preset if first.preset != "auto" else "imdb" if cuda else "tiny"
+    preset = first.preset if first.preset != "auto" else "imdb" if cuda and not first.smoke else "tiny"
     limit = dict(limit_prompts=64, limit_responses=4096) if first.method == "all" and preset == "tiny" else {}
     smoke = SMOKE if first.smoke else {}
     parser = build(plain | PRESETS[preset] | limit | smoke | {"run": f"runs/{preset}{'-smoke' * first.smoke}"})
@@ -167,7 +167,8 @@ def parse(argv=None):
     cfg.preset = preset
     if problem := impossible(cfg):
         parser.error(problem)
-    return cfg, "as asked" if first.preset != "auto" else "CUDA is there" if cuda else "no CUDA here"
+    why = "CUDA is there" if preset == "imdb" else "--smoke" if first.smoke else "no CUDA in use"
+    return cfg, "as asked" if first.preset != "auto" else why
 
 
 def impossible(cfg):
@@ -187,10 +188,10 @@ def impossible(cfg):
         return f"--n-embd {cfg.n_embd} must be a multiple of --n-head {cfg.n_head}"
     if len(set(cfg.seeds)) < len(cfg.seeds):
         return f"--seeds must be different, got {cfg.seeds}"
-    at_most = {"all": [("limit_prompts", "eval_prompts")], "ppo": [("ppo_batch", "prompts"), ("checkpoints", "ppo_steps")],
+    at_most = {"every": [("limit_prompts", "eval_prompts")], "ppo": [("ppo_batch", "prompts"), ("checkpoints", "ppo_steps")],
                "xpo": [("xpo_prompts", "prompts")], "exo": [("checkpoints", "align_steps"), ("align_batch", "prompts")]}
     at_most["dpo"] = at_most["exo"]
-    asked = at_most if cfg.method == "all" else ("all", cfg.method)
+    asked = at_most if cfg.method == "all" else ("every", cfg.method)
     for small, large in (pair for method in asked for pair in at_most[method]):
         if getattr(cfg, small) > getattr(cfg, large):
             return f"--{small.replace('_', '-')} must be at most --{large.replace('_', '-')} {getattr(cfg, large)}"
@@ -263,10 +264,10 @@ def implicit_rewards(implicit, best, worst):
             "rewards_accuracy": (chosen > rejected).sum()}
 
 
-def proximal(run, policy, optimizer, seed):
+def proximal(run, policy, ref, optimizer, seed):
     """PPO on the reward model's reward, at beta = beta_r beta_pi: the objective of the other methods.  As `offline`."""
     cfg, trained = run.cfg, stages.reward_model(run)
-    ref, critic = run.policy(run.folder / "sft"), run.scorer(trained)
+    critic = run.scorer(trained)
     critic.score.weight.data *= read_json(trained / "report.json")["scale"]
     critic_optimizer = adamw(critic, cfg.ppo_critic_lr, eps=1e-5)
     prompts = read_tensors(stages.responses(run) / "responses.safetensors")[0]["ids"][:, 0, :cfg.prompt_tokens].long()
@@ -283,10 +284,9 @@ def proximal(run, policy, optimizer, seed):
     return cfg.ppo_steps, step, {"critic": critic, "critic_optimizer": critic_optimizer}
 
 
-def online(run, policy, optimizer, seed):
+def online(run, policy, ref, score, optimizer, seed):
     """XPO, and online DPO at --alpha 0: rounds of fresh pairs labelled by the oracle, then passes over all pairs so far."""
     cfg, replay = run.cfg, xpo.Replay()
-    ref, score = run.policy(run.folder / "sft"), run.scorer(run.folder / "oracle")
     table = read_tensors(stages.responses(run) / "responses.safetensors")[0]
     floor = -float(table["reward"].max() - table["reward"].min()) / cfg.beta_pi              # -R_max / beta
     order = torch.randperm(cfg.prompts, generator=rng("xpo prompts", seed))
@@ -294,13 +294,13 @@ def online(run, policy, optimizer, seed):
 
     def play(t):
         index = order[torch.arange(t * cfg.xpo_prompts, (t + 1) * cfg.xpo_prompts) % cfg.prompts]
-        sampled = {name: column[index, 0].to(run.device) for name, column in table.items()}
-        xpo.play(policy, ref, score, lambda reward: stages.winners(run, reward.cpu(), "xpo", seed, t).to(run.device),
+        sampled = {name: column[index, 0] for name, column in table.items()}
+        xpo.play(policy, ref, score, lambda reward: stages.winners(run, reward, "xpo", seed, t),
                  sampled["ids"][:, :cfg.prompt_tokens].long(), sampled, replay, cfg.new_tokens, cfg.temperature, run.eos_id,
-                 rng("xpo", seed, t))
+                 rng("xpo", seed, t), cfg.sample_batch)
 
     def loss_sum(index):
-        pairs = {name: column[index] for name, column in replay.data.items()}
+        pairs = {name: column[index].to(run.device) for name, column in replay.data.items()}
         x, m = trim(pairs["ids"].flatten(0, 1).long(), pairs["mask"].flatten(0, 1))         # (b 2, T)
         logp = sequence_logprob(policy, x, m, cfg.temperature).view(len(index), 2)          # (b 2,) -> (b, 2)
         explore = logp.gather(1, pairs["explore"][:, None]).squeeze(1)                      # (b,) log pi of pi_sft's response
@@ -314,8 +314,8 @@ def online(run, policy, optimizer, seed):
         t, i = schedule[step]
         if i == 0:
             play(t)
-        if replay.closed == t:                                       # this round has gone as far as the bonus may push
-            return dict.fromkeys(("loss", "grad_norm"), 0.0)
+        if replay.closed == t:                                       # this round is over: no step until the next one
+            return dict.fromkeys(("loss", "grad_norm"), math.nan)
         index = batch_at(i, cfg.align_batch, torch.zeros(len(replay)), "xpo", seed, t, window=1)
         stats = descend(optimizer, cfg.align_lr * share, run.part(index, 2), loss_sum, f"xpo, step {step + 1}")
         if stats["explore_log_ratio"] < floor:                       # the bonus has no floor of its own on a replay
@@ -341,8 +341,12 @@ def align(run, method, feedback, K, seed):
         return folder
     policy, ref, score = run.policy(sft), run.policy(sft), run.scorer(oracle)
     optimizer = adamw(policy, cfg.align_lr, eps=1e-5 if method == "ppo" else 1e-8)
-    steps, take, extra = proximal(run, policy, optimizer, seed) if method == "ppo" else \
-        online(run, policy, optimizer, seed) if method == "xpo" else offline(run, policy, optimizer, method, feedback, K, seed)
+    if method == "ppo":
+        steps, take, extra = proximal(run, policy, ref, optimizer, seed)
+    elif method == "xpo":
+        steps, take, extra = online(run, policy, ref, score, optimizer, seed)
+    else:
+        steps, take, extra = offline(run, policy, optimizer, method, feedback, K, seed)
     log, evaluations = Log(folder / "metrics.csv"), Log(folder / "eval.csv")
     state = {"policy": policy, "optimizer": optimizer, "metrics": log, "eval": evaluations, **extra}
     evaluated = [round(steps * (i + 1) / cfg.checkpoints) for i in range(cfg.checkpoints)]
@@ -401,7 +405,7 @@ def main(argv=None):
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        sys.exit("train.py: out of memory: lower --sample-batch, or --micro-batch-size")
+        sys.exit("train.py: out of memory: lower --micro-batch-size, or set it, or lower --sample-batch in another --run")
 
 
 if __name__ == "__main__":

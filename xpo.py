@@ -58,6 +58,7 @@ class Replay:
         if len({len(rows) for rows in pairs.values()}) != 1 or (self.data and pairs.keys() != self.data.keys()):
             raise ValueError(f"a round's pairs must be tensors of equal length named {sorted(self.data) or 'anything'}, "
                              f"got {({name: len(rows) for name, rows in pairs.items()})}")
+        pairs = {name: rows.cpu() for name, rows in pairs.items()}   # a history can outgrow the device, and is saved from here
         self.data = {name: torch.cat([self.data[name], rows]) if self.data else rows.clone() for name, rows in pairs.items()}
 
     def batches(self, batch_size, generator=None):
@@ -73,17 +74,20 @@ class Replay:
 
 
 @torch.no_grad()
-def play(policy, ref, reward, label, prompts, sampled, replay, max_new_tokens, temperature, eos_id, generator):
+def play(policy, ref, reward, label, prompts, sampled, replay, max_new_tokens, temperature, eos_id, generator, rows=1024):
     """The first half of a round of Algorithm 1: pi_t answers each prompt, the answer meets pi_sft's, the label goes into D.
 
     prompts: (n, T0) ids; sampled: pi_sft's responses to them, {ids, mask: (n, T), ref_logp, reward: (n,)}, T the block size;
-    reward: (ids, mask) -> (n,); label: rewards (n, 2) -> the winner's column (n,).
+    reward: (ids, mask) -> (n,); label: rewards (n, 2) -> the winner's column (n,); rows: how many prompts are answered at once.
     """
-    ids, mask = generate(policy, prompts, max_new_tokens, temperature, eos_id, generator)   # (n, t), (n, t)
-    room = (0, sampled["ids"].shape[1] - ids.shape[1])
-    fresh = {"ids": F.pad(ids, room, value=eos_id).to(sampled["ids"].dtype), "mask": F.pad(mask, room),
-             "ref_logp": sequence_logprob(ref, ids, mask, temperature), "reward": reward(ids, mask)}
-    pair = {name: torch.stack([fresh[name], sampled[name]], dim=1) for name in fresh}       # (n, 2, ...)
+    parts = []
+    for chunk in prompts.split(rows):
+        ids, mask = generate(policy, chunk, max_new_tokens, temperature, eos_id, generator) # (rows, t), (rows, t)
+        room = (0, sampled["ids"].shape[1] - ids.shape[1])
+        parts.append({"ids": F.pad(ids, room, value=eos_id).to(sampled["ids"].dtype), "mask": F.pad(mask, room),
+                      "ref_logp": sequence_logprob(ref, ids, mask, temperature), "reward": reward(ids, mask)})
+    fresh = {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}    # (n, ...)
+    pair = {name: torch.stack([fresh[name], sampled[name].cpu()], dim=1) for name in fresh} # (n, 2, ...)
     winner = label(pair.pop("reward"))                                                      # (n,)
     order, row = torch.stack([winner, 1 - winner], dim=1), torch.arange(len(winner))[:, None]       # (n, 2), (n, 1)
     replay.append(explore=(order == 1).int().argmax(1), **{name: both[row, order] for name, both in pair.items()})

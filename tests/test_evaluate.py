@@ -214,7 +214,7 @@ def test_the_sampled_limit_is_biased_low_by_the_bias_it_reports():
 
 ROWS = [{"kl": 0.0, "reward": 1.0}, {"kl": 1.0, "reward": 3.0}, {"kl": 3.0, "reward": 4.0}]
 CURVE = {"kl": np.array([0.0, 1.0, 2.0, 4.0]), "reward": np.array([1.0, 4.0, 5.0, 6.0]),
-         "supported": np.array([True, True, True, False])}
+         "start": 1.0, "supported": np.array([True, True, True, False])}
 
 
 def test_reward_at_a_kl_is_interpolated_and_none_where_the_method_never_gets():
@@ -239,7 +239,7 @@ def test_share_of_the_limit_is_the_gain_over_the_limits_gain():
 
 def test_a_method_on_the_limit_has_all_of_it(counts):
     curve = limit_curve(counts)
-    rows = [{"kl": k, "reward": r} for k, r in zip(curve["kl"], curve["reward"])]
+    rows = [{"kl": 0.0, "reward": curve["start"]}, *({"kl": k, "reward": r} for k, r in zip(curve["kl"], curve["reward"]))]
     for kl in (0.1, 0.5, 1.0, 1.6):
         assert evaluate.share_of_limit(kl, rows, curve) == pytest.approx(1, abs=0.01)
 

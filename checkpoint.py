@@ -160,6 +160,7 @@ class Log:
         self.path, self.file, self.columns = Path(path), None, None
 
     def write(self, **row):
+        """Appends a row; the first one names the columns.  Floats keep six digits."""
         if self.file is None:                                        # nothing was resumed: what an earlier try wrote goes
             self.load_state_dict({"bytes": 0, "columns": None})
         lines = [] if self.columns else [",".join(row)]

@@ -172,6 +172,7 @@ def tiny_reviews(n, seed):
         return words[int(uniform() * len(words))]
 
     def sentence():
+        """-> its text, the sum of its opinions"""
         opinions, out = 0, []
         for word in pick(SENTENCES).split():
             if word in ("{+}", "{-}", "{~}"):

@@ -107,6 +107,7 @@ KL_AXIS = "KL$(\\pi \\,\\|\\, \\pi_{sft})$, nats a sequence"
 
 
 def frontier(folder, found, rewards, curve):
+    """Figure 2: every method's checkpoints, the limit where it is supported, best-of-n.  rewards: (P, M) of pi_sft"""
     figure, axes = canvas(f"{folder.name}: reward against KL, test prompts", KL_AXIS, "oracle reward, log-odds of positive")
     on = curve["supported"]
     limit = f"the limit: $\\pi^*_\\beta$ over $\\beta$ (on {len(rewards)} of the prompts)"
@@ -134,6 +135,7 @@ def accuracy(folder, found):
 
 
 def curves(folder, found):
+    """Figure 8: reward on the way for one seed of each method; the bars are the spread of a prompt's responses."""
     figure, axes = canvas(f"{folder.name}: reward on the way; bars: one standard deviation within prompts", "share of the training",
                           "oracle reward, log-odds of positive")
     lines = []

@@ -355,6 +355,7 @@ def read_weights(path, expected):
 
 
 def write_model(folder, gpt, state, architecture, eos_id):
+    """Writes `state` and a config.json for transformers' class `architecture`; returns the weights' sha256."""
     config = asdict(gpt.config)
     config["n_positions"] = config.pop("block_size")
     config |= {"architectures": [architecture], "model_type": "gpt2", "activation_function": "gelu_new", "dtype": "float32",

@@ -5,7 +5,6 @@
 - `stage.json` in a stage's folder tells which settings and which upstream artifacts it was made with.
 - One process at a time works in a run folder; Ctrl-C and SIGTERM wait for the step under way.
 """
-import contextlib
 import hashlib
 import json
 import os
@@ -17,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from files import UserError, read_json, read_tensors, stored_checksum, write_json, write_tensors, writing
+from parallel import agreed, on_first, rank
 
 try:
     import fcntl
@@ -38,6 +38,7 @@ def rng(seed, *names):
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
+@on_first
 def begin(folder, settings, upstream=()):
     """Opens a stage's folder; True if its artifact is finished.  UserError if the folder was made with anything else.
 
@@ -67,6 +68,7 @@ def begin(folder, settings, upstream=()):
     return done
 
 
+@on_first
 def finish(folder, **artifacts):
     """Marks a stage's artifact as finished, {file name: sha256}, and removes what only an unfinished one needs."""
     folder = Path(folder)
@@ -95,16 +97,25 @@ def resumable(folder, state, steps, every, title):
     is named, and the loop goes on from the one before.  On Ctrl-C or SIGTERM: finishes the step, saves, raises Stopped.
     """
     first = restore(folder, state)
-    with tqdm(desc=title, total=steps, initial=first, dynamic_ncols=True) as bar:
-        for step in range(first, steps):
-            with interrupts_wait():
+    quiet = {"disable": True} if rank() > 0 else {}                  # one process talks, if $TQDM_DISABLE lets it
+    with tqdm(desc=title, total=steps, initial=first, dynamic_ncols=True, **quiet) as bar:
+        inside.append(title)
+        try:
+            for step in range(first, steps):
                 yield step, bar
                 bar.update()
-                if (step + 1) % every == 0 or step + 1 == steps or pending:
+                signalled = agreed(pending[0] if pending else 0)     # what comes later is for the next step
+                if (step + 1) % every == 0 or step + 1 == steps or signalled:
                     save(folder, step + 1, state)
+                if signalled:
+                    raise Stopped(signalled)
+        finally:
+            inside.pop()
 
 
+@on_first
 def save(folder, step, state):
+    """Writes the loop's state after `step` steps, and removes all but the two newest saves."""
     tensors, meta = {}, {"format": FORMAT, "step": step}
     meta["state"] = pack({name: part.state_dict() for name, part in state.items()}, tensors)
     write_tensors(Path(folder) / f"resume-{step:08d}.safetensors", tensors, meta)
@@ -114,20 +125,28 @@ def save(folder, step, state):
 
 def restore(folder, state):
     """Loads the newest sound save of `folder` into `state` and returns its step, 0 where there is none."""
+    path = newest(folder)
+    if path is None:
+        return 0
+    tensors, meta = read_tensors(path)
+    if meta["format"] != FORMAT or {name for name, _ in meta["state"]["dict"]} != set(state):
+        raise UserError(f"{path} was written by another version of this code: remove it to start this stage again")
+    loaded = unpack(meta["state"], tensors)
+    for name, part in state.items():
+        part.load_state_dict(loaded[name])
+    return meta["step"]
+
+
+@on_first
+def newest(folder):
+    """The newest save that is not torn or corrupt, or None; names and removes those that are."""
     for path in sorted(Path(folder).glob("resume-*.safetensors"), reverse=True):
         try:
-            tensors, meta = read_tensors(path)
+            read_tensors(path)
+            return path
         except UserError as error:
             print(f"{error}; going on from the save before it", file=sys.stderr)
             path.unlink()
-            continue
-        if meta["format"] != FORMAT or {name for name, _ in meta["state"]["dict"]} != set(state):
-            raise UserError(f"{path} was written by another version of this code: remove it to start this stage again")
-        loaded = unpack(meta["state"], tensors)
-        for name, part in state.items():
-            part.load_state_dict(loaded[name])
-        return meta["step"]
-    return 0
 
 
 def pack(value, tensors):
@@ -154,13 +173,18 @@ def unpack(value, tensors):
 
 
 class Log:
-    """A csv file, a row a step, as part of a loop's state: resuming cuts off the rows that the loop will write again."""
+    """A csv file, a row a step, as part of a loop's state: resuming cuts off the rows that the loop will write again.
+
+    Of several processes only process 0 has the file.
+    """
 
     def __init__(self, path):
         self.path, self.file, self.columns = Path(path), None, None
 
     def write(self, **row):
         """Appends a row; the first one names the columns.  Floats keep six digits."""
+        if rank() > 0:
+            return
         if self.file is None:                                        # nothing was resumed: what an earlier try wrote goes
             self.load_state_dict({"bytes": 0, "columns": None})
         lines = [] if self.columns else [",".join(row)]
@@ -177,6 +201,8 @@ class Log:
         return {"bytes": self.file.tell(), "columns": self.columns}
 
     def load_state_dict(self, state):
+        if rank() > 0:
+            return
         self.columns = state["columns"]
         if state["bytes"] and (not self.path.exists() or self.path.stat().st_size < state["bytes"]):
             raise UserError(f"{self.path} has lost rows since the last save: remove its folder, and this stage starts again")
@@ -188,20 +214,8 @@ class Log:
 
 # ---- one run at a time, and how it is stopped ------------------------------------------------------------------------------
 
-pending = []                                                         # the signal that came inside a step, if any
-inside = []                                                          # not empty while a step is under way
-
-
-@contextlib.contextmanager
-def interrupts_wait():
-    """Ctrl-C and SIGTERM wait until the end of this block."""
-    inside.append(True)
-    try:
-        yield
-    finally:
-        inside.pop()
-    if pending and not inside:
-        raise Stopped(pending[0])
+pending = []                                                         # the signal that came inside a loop, if any
+inside = []                                                          # not empty while a loop is under way
 
 
 def catch_signals():

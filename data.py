@@ -21,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 from files import UserError, read_tensors, write_tensors
+from parallel import on_first
 
 IMDB_URL = "http://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"
 IMDB_SIZE, IMDB_SHA256 = 84_125_825, "c40f74a18d3b61f90feba1e17730e0d38e8b97c05fde7008942e91923d1658fe"
@@ -114,6 +115,14 @@ def imdb_key(paths, encoding):
 
 def load_imdb(paths, encoding):
     """Real reviews as ids -> {"train": Reviews, "test": Reviews}.  The tokenized result is cached by content."""
+    flat = {k: v.numpy() for k, v in read_tensors(tokenized(paths, encoding))[0].items()}
+    reviews = Reviews(np.split(flat["ids"], np.cumsum(flat["length"])[:-1]), flat["label"])
+    return {"train": reviews.pick(np.flatnonzero(flat["train"])), "test": reviews.pick(np.flatnonzero(~flat["train"]))}
+
+
+@on_first
+def tokenized(paths, encoding):
+    """The file that holds the reviews' ids, made unless it is there."""
     paths, key = imdb_key(paths, encoding)
     cached = cache_folder() / f"imdb-{key}.safetensors"
     if not cached.exists():
@@ -128,9 +137,7 @@ def load_imdb(paths, encoding):
             ids.append(np.concatenate([np.array(e, dtype=np.int32) for e in encoded]))
         write_tensors(cached, {"ids": torch.from_numpy(np.concatenate(ids)), "length": torch.tensor(lengths),
                                "label": torch.tensor(label, dtype=torch.int8), "train": torch.tensor(split)})
-    flat = {k: v.numpy() for k, v in read_tensors(cached)[0].items()}
-    reviews = Reviews(np.split(flat["ids"], np.cumsum(flat["length"])[:-1]), flat["label"])
-    return {"train": reviews.pick(np.flatnonzero(flat["train"])), "test": reviews.pick(np.flatnonzero(~flat["train"]))}
+    return cached
 
 
 def gpt2_encoding():
@@ -227,6 +234,7 @@ def load_tiny(n_train, n_test, encoding):
 
 # ---- downloads -------------------------------------------------------------------------------------------------------------
 
+@on_first
 def fetch(url, path, size=None, sha256=None, hint=""):
     """Downloads `url` to `path` unless it is there, whole: size and sha256 are checked, and a bad file is never kept.
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from model import CHUNK, generate
+from model import respond, rows_at_once
 
 # One colour a method in every figure of the project (Okabe and Ito's palette: told apart by colour-blind readers).
 COLORS = {"exo": "#0072B2", "dpo": "#D55E00", "ppo": "#009E73", "xpo": "#CC79A7", "online-dpo": "#E69F00",
@@ -30,7 +30,7 @@ def sequence_kl(policy, ref, ids, mask, temperature):
     (Rao-Blackwellised, arXiv 2504.10637).  Second: the plain log-ratio, "k1".  Both under the sampling temperature.
     """
     states = [model.hidden(ids[:, :-1])[mask[:, 1:]] for model in (policy, ref)]            # 2 x (M, C)
-    rows, full, plain = max(1, CHUNK // policy.config.vocab_size), [], []
+    rows, full, plain = rows_at_once(policy), [], []
     for h, g, target in zip(states[0].split(rows), states[1].split(rows), ids[mask].split(rows)):
         logp = F.log_softmax(policy.head(h) / temperature, dim=-1)                          # (m, V)
         difference = logp - F.log_softmax(ref.head(g) / temperature, dim=-1)                # (m, V)
@@ -43,16 +43,15 @@ def sequence_kl(policy, ref, ids, mask, temperature):
 @torch.no_grad()
 def measure(run, policy, ref, reward, generator):
     """Samples --eval-samples responses to each test prompt.  -> {ids, mask, reward, kl, k1: (P, S, ...)}, on the CPU"""
-    cfg, rows = run.cfg, run.cfg.sample_batch
+    cfg = run.cfg
     repeated = [p for p in run.prompts("test", cfg.eval_prompts) for _ in range(cfg.eval_samples)]
-    chunks = []
-    for chunk in (repeated[i:i + rows] for i in range(0, len(repeated), rows)):
-        ids, mask = generate(policy, chunk, cfg.new_tokens, cfg.temperature, run.eos_id, generator)
-        room = (0, run.block_size - ids.shape[1])
+
+    def columns(ids, mask):
         kl, k1 = sequence_kl(policy, ref, ids, mask, cfg.temperature)                       # (n,), (n,)
-        chunks.append({"ids": F.pad(ids, room, value=run.eos_id).int(), "mask": F.pad(mask, room), "reward": reward(ids, mask),
-                       "kl": kl, "k1": k1})
-    return {k: torch.cat([c[k].cpu() for c in chunks]).unflatten(0, (cfg.eval_prompts, cfg.eval_samples)) for k in chunks[0]}
+        return {"reward": reward(ids, mask), "kl": kl, "k1": k1}
+
+    found = respond(policy, repeated, cfg.new_tokens, cfg.temperature, run.eos_id, generator, cfg.sample_batch, columns)
+    return {k: v.unflatten(0, (cfg.eval_prompts, cfg.eval_samples)) for k, v in (found | {"ids": found["ids"].int()}).items()}
 
 
 def summary(found, eos_id):

@@ -22,7 +22,7 @@ import stages  # noqa: E402
 from checkpoint import rng  # noqa: E402
 from evaluate import COLORS, read_csv  # noqa: E402
 from files import UserError, atomic, read_json, read_tensors  # noqa: E402
-from model import generate, sequence_logprob  # noqa: E402
+from model import respond, sequence_logprob  # noqa: E402
 
 SHARES = (0.5, 1, 2, 4)                                              # nats at which the share of the limit is told
 
@@ -158,19 +158,18 @@ def density(run, found, M=2048, beta=None):
     beta = beta or max(cfg.beta_pi * cfg.beta_r, 0.5)                # ours: at a smaller one a few responses carry all weight
     path = run.folder / "reference" / "samples.safetensors"
     prompt = read_tensors(path)[0]["ids"][0, 0, :cfg.prompt_tokens].tolist()
-    parts = [generate(policy, [prompt] * min(cfg.sample_batch, M), cfg.new_tokens, cfg.temperature, run.eos_id, rng("density", i))
-             for i in range(-(-M // cfg.sample_batch))]
+    policies = {name: run.policy(runs[0][0] / read_json(runs[0][0] / "stage.json")["done"]["final"])
+                for name, runs in found.items() if name.startswith(("exo", "dpo"))} | {"sft": policy}
     score = run.scorer(run.folder / "oracle")
 
-    def over_parts(function):
-        return torch.cat([function(*part) for part in parts])[:M].cpu().double().numpy()
+    def columns(ids, mask):
+        return {"optimum": score(ids, mask) / beta} | {
+            name: sequence_logprob(policy, ids, mask, cfg.temperature) for name, policy in policies.items()}    # (n,) each
 
-    s = over_parts(lambda ids, mask: sequence_logprob(policy, ids, mask, cfg.temperature))  # (M,) log pi_sft
-    exponents = {"optimum": over_parts(score) / beta}
-    for name, runs in found.items():
-        if name.startswith(("exo", "dpo")):
-            final = run.policy(runs[0][0] / read_json(runs[0][0] / "stage.json")["done"]["final"])
-            exponents[name] = over_parts(lambda ids, mask, final=final: sequence_logprob(final, ids, mask, cfg.temperature)) - s
+    drawn = respond(policy, [prompt] * M, cfg.new_tokens, cfg.temperature, run.eos_id, rng("density"), cfg.sample_batch, columns)
+    drawn = {name: drawn[name].double().numpy() for name in ("optimum", *policies)}         # (M,) each
+    s = drawn.pop("sft")                                             # log pi_sft
+    exponents = {name: x if name == "optimum" else x - s for name, x in drawn.items()}
     title = run.encoding.decode(prompt).replace("$", r"\$").replace("\n", " ")
     figure, axes = canvas(f"{run.folder.name}: density ratio to $\\pi_{{sft}}$, prompt “{title}”",
                           "$\\log \\pi_{sft}$ of a response, nats", "$\\pi / \\pi_{sft}$ (kernel estimate)")

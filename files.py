@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from parallel import rank
+
 DTYPES = {"F64": torch.float64, "I64": torch.int64, "F32": torch.float32, "I32": torch.int32, "F16": torch.float16,
           "BF16": torch.bfloat16, "I16": torch.int16, "U8": torch.uint8, "I8": torch.int8, "BOOL": torch.bool}
 
@@ -35,12 +37,16 @@ def writing(path):
 @contextlib.contextmanager
 def atomic(path, mode="wb"):
     """Opens a file for writing that takes the name `path` only when it is whole and on the disk."""
-    path = Path(path)
+    path, text = Path(path), {} if "b" in mode else {"encoding": "utf-8"}
+    if rank() > 0:                                                   # process 0 writes the same
+        with open(os.devnull, mode, **text) as file:
+            yield file
+        return
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with open(part, mode, **({} if "b" in mode else {"encoding": "utf-8"})) as file:
+            with open(part, mode, **text) as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())

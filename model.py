@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
 from files import UserError, read_json, read_tensors, write_json, write_tensors
+from parallel import gather, share, world
 
 # name: (layers, heads, channels, bytes of pytorch_model.bin, its sha256 where it is known beforehand)
 RELEASED = {"gpt2": (12, 12, 768, 548_118_077, "7c5d3f4b8b76583b422fcb9189ad6c89d5d97a094541ce8932dce3ecabde1421"),
@@ -24,7 +25,7 @@ RELEASED = {"gpt2": (12, 12, 768, 548_118_077, "7c5d3f4b8b76583b422fcb9189ad6c89
             "gpt2-xl": (48, 25, 1600, 6_431_878_936, None)}
 RELEASED_URL = "https://huggingface.co/openai-community/{name}/resolve/main/pytorch_model.bin"
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")   # OpenAI stores (in, out)
-CHUNK = 2 ** 23                                                      # logits alive at once in the head: 32 MiB of float32
+CHUNK, CUDA_CHUNK = 2 ** 23, 2 ** 27                                 # logits alive at once in the head: 32 MiB, 512 MiB on a GPU
 
 
 @dataclass
@@ -196,7 +197,7 @@ def token_logprob(model, ids, mask, temperature=1.0):
         raise ValueError("mask[:, 0] must be False: nothing comes before the first token, so it has no log-prob")
     hidden = model.hidden(ids[:, :-1])[mask[:, 1:]]                                         # (N, T-1, C) -> (M, C)
     target = ids[mask]                                                                      # (M,)
-    rows = max(1, CHUNK // model.config.vocab_size)
+    rows = rows_at_once(model)
 
     def logprob(h, y):
         return -F.cross_entropy(model.head(h) / temperature, y, reduction="none")           # (m, C), (m,) -> (m,)
@@ -209,9 +210,20 @@ def token_logprob(model, ids, mask, temperature=1.0):
     return zeros.masked_scatter(mask, torch.cat(logp))                                      # (M,) -> (N, T)
 
 
+def rows_at_once(model):
+    """How many rows' logits, V each, are alive at once."""
+    return max(1, (CUDA_CHUNK if model.wte.weight.is_cuda else CHUNK) // model.config.vocab_size)
+
+
 def sequence_logprob(model, ids, mask, temperature=1.0):
     """log pi(y|x) in nats, the sum over the response's tokens, its end-of-text included.  (N, T), (N, T) -> (N,)"""
     return token_logprob(model, ids, mask, temperature).sum(1)
+
+
+def trim(ids, mask):
+    """Cuts the padding that no row of a batch needs.  (N, T), (N, T) -> (N, t), (N, t)"""
+    longest = int(mask.any(0).nonzero().max()) + 1
+    return ids[:, :longest], mask[:, :longest]
 
 
 # ---- sampling --------------------------------------------------------------------------------------------------------------
@@ -255,12 +267,13 @@ class Cache:
 
 
 @torch.no_grad()
-def generate(model, prompt_ids, max_new_tokens, temperature=1.0, eos_id=None, generator=None):
+def generate(model, prompt_ids, max_new_tokens, temperature=1.0, eos_id=None, generator=None, uniform=None):
     """Samples a response to each prompt from softmax(logits / temperature).  -> ids (N, T) int64, mask (N, T) bool
 
     prompt_ids: (N, T0) tensor, or a list of N id lists of any lengths.  A response starts right after its own prompt and ends
     with eos_id, which its mask includes, or at max_new_tokens.  Rows are trimmed to the longest, padded with eos_id (0 if None).
-    One uniform number is drawn a token (on the CPU), whatever the batch does: dropping finished rows changes no sample.
+    One uniform number decides a token, uniform (N, max_new_tokens), drawn here on the CPU unless given: whatever else happens in
+    the batch, dropping finished rows say, changes no sample.
     """
     device, prompts = model.wte.weight.device, [torch.as_tensor(p, dtype=torch.long) for p in prompt_ids]
     start = torch.tensor([len(p) for p in prompts], device=device)                          # (N,)
@@ -272,7 +285,8 @@ def generate(model, prompt_ids, max_new_tokens, temperature=1.0, eos_id=None, ge
                          f"least one token, and both together have at most block_size = {model.config.block_size}")
     ids = torch.full((N, T0 + max_new_tokens), 0 if eos_id is None else eos_id, device=device)
     ids[:, :T0] = nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_value=int(ids[0, 0])).to(device)
-    uniform = torch.rand(N, max_new_tokens, generator=generator).to(device)                 # (N, new)
+    uniform = (torch.rand(N, max_new_tokens, generator=generator) if uniform is None else uniform).to(device)       # (N, new)
+    chunk = rows_at_once(model)
     row = torch.arange(N, device=device)                             # the rows still going
     ended = torch.zeros(N, dtype=torch.bool, device=device)          # of those, the ones that have ended meanwhile
     with model.precision():                                          # one autocast around all: weights are cast once
@@ -280,7 +294,8 @@ def generate(model, prompt_ids, max_new_tokens, temperature=1.0, eos_id=None, ge
         hidden = model.hidden(ids[:, :T0], cache)[row, start - 1]                           # (N, T0, C) -> (N, C)
         cache.advance(start)
         for t in range(max_new_tokens):
-            token = sample(model.head(hidden) / temperature, uniform[row, t])               # (n, V), (n,) -> (n,)
+            token = torch.cat([sample(model.head(h) / temperature, u)                       # (n, C), (n,) -> (n,)
+                               for h, u in zip(hidden.split(chunk), uniform[row, t].split(chunk))])
             ids[row, start[row] + t] = token
             ended |= token == (-1 if eos_id is None else eos_id)
             if t % 8 == 7 and eos_id is not None:                    # now and then: asking the device costs a wait
@@ -302,6 +317,25 @@ def generate(model, prompt_ids, max_new_tokens, temperature=1.0, eos_id=None, ge
         ids = ids.where(mask | (column < 0), eos_id)
     longest = int(mask.any(0).nonzero().max()) + 1 if max_new_tokens else T0
     return ids[:, :longest], mask[:, :longest]
+
+
+@torch.no_grad()
+def respond(policy, prompts, max_new_tokens, temperature, eos_id, generator, rows, columns):
+    """Samples a response to each prompt, `rows` of them at a time, and what else is told of it; each process does its share.
+
+    prompts: (N, T0) ids, or N id lists; columns: (ids, mask) of n rows -> {name: (n,) or (n, t)}.
+    -> {ids, mask: (N, T), name: (N,) or (N, T)} on the CPU, in the prompts' order, T the longest row that there could be.
+    """
+    T, parts = max(map(len, prompts)) + max_new_tokens, []
+    for chunk in (prompts[i:i + rows] for i in range(0, len(prompts), rows)):
+        uniform = torch.rand(len(chunk), max_new_tokens, generator=generator)               # the same in every process
+        split = len(chunk) >= world()                                                       # else each process does all of it
+        own = share(range(len(chunk))) if split else range(len(chunk))
+        ids, mask = generate(policy, [chunk[i] for i in own], max_new_tokens, temperature, eos_id, uniform=uniform[own])
+        part, pad = {"ids": ids, "mask": mask} | columns(ids, mask), (0, T - ids.shape[1])
+        part = {k: (F.pad(v, pad, value=(eos_id or 0) * (k == "ids")) if v.dim() == 2 else v).cpu() for k, v in part.items()}
+        parts.append(gather(part) if split else part)
+    return {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
 
 
 def sample(logits, uniform):

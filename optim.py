@@ -1,10 +1,11 @@
-"""One optimizer step, for every stage and method: micro-batches, gradient clipping, the guard against NaN; the data order."""
+"""One optimizer step, for every stage and method: micro-batches, processes, clipping, the guard against NaN; the data order."""
 import math
 
 import torch
 
 from checkpoint import rng
 from files import UserError
+from parallel import add_up, share, world
 
 BETAS, CLIP = (0.9, 0.95), 1.0                                       # official code: Adam's betas and the gradient clip
 
@@ -19,31 +20,34 @@ def cosine(step, steps):
     return 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def descend(optimizer, lr, parts, loss_sum, where):
-    """One step on the mean loss of a batch that comes in micro-batches `parts` (1-D index tensors).  -> {name: mean}
+def descend(optimizer, lr, index, rows, loss_sum, where):
+    """One step on the mean loss of the batch `index`, a 1-D tensor, `rows` of it at a time (0: all at once).  -> {name: mean}
 
-    loss_sum(part) -> {"loss": sum of the losses, ...: sums of what is logged beside it}, their count.  Gradients of sums are
-    added up and divided by the whole batch's count, so the split into micro-batches changes nothing but memory.
-    UserError, before anything is changed, if the loss or the gradient is not finite.
+    loss_sum(part of index) -> {"loss": sum of the losses, ...: sums of what is logged beside it}, their count.  The gradients of
+    sums are added up, over micro-batches and processes, and divided by the whole batch's count: how it is split changes memory
+    and time only.  UserError, before anything is changed, if the loss or the gradient is not finite.
     """
-    sums, count = {}, 0
+    if len(index) < world():
+        raise UserError(f"{where}: a batch of {len(index)} cannot be split among {world()} processes: start fewer of them")
+    sums = 0.0
     try:
-        for part in parts:
-            stats, n = loss_sum(part)
+        for part in share(index).split(rows or len(index)):
+            stats, count = loss_sum(part)
             stats["loss"].backward()
-            sums = {k: sums.get(k, 0.0) + v.item() for k, v in stats.items()}
-            count += n
+            sums = sums + torch.stack([stats["loss"].new_tensor(count), *(v.detach().float() for v in stats.values())])
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
         raise UserError(f"{where}: out of memory: lower --micro-batch-size, or set it: the result does not depend on it") from error
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    torch._foreach_div_([p.grad for p in parameters], count)
-    norm = float(torch.nn.utils.clip_grad_norm_(parameters, CLIP))
-    means = {k: v / count for k, v in sums.items()} | {"grad_norm": norm}
+    add_up([sums, *(p.grad for p in parameters)])
+    torch._foreach_div_([p.grad for p in parameters], sums[0])
+    norm = torch.nn.utils.clip_grad_norm_(parameters, CLIP)
+    *values, norm = torch.stack([*(sums[1:] / sums[0]), norm]).tolist()      # the step's only wait for the device
+    means = dict(zip([*stats, "grad_norm"], [*values, norm]))
     if not (math.isfinite(means["loss"]) and math.isfinite(norm)):
         raise UserError(f"{where}: the loss is {means['loss']:.4g} and its gradient's norm {norm:.4g}, nothing was changed: lower "
-                        f"the learning rate, or look at its examples {torch.cat(list(parts)).tolist()}")
+                        f"the learning rate, or look at its examples {index.tolist()}")
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()

@@ -44,7 +44,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from model import generate, token_logprob
+from model import respond, token_logprob, trim
 from optim import descend
 
 # ---- the formulas --------------------------------------------------------------------------------------------------
@@ -124,23 +124,21 @@ def explained_variance(values, returns, mask):
 
 # ---- one iteration -------------------------------------------------------------------------------------------------
 
-@torch.no_grad()
-def rollout(policy, ref, critic, reward, prompts, max_new_tokens, temperature=1.0, eos_id=None, generator=None,
-            samples=1, micro_batch_size=0):
+def rollout(policy, ref, critic, reward, prompts, max_new_tokens, temperature=1.0, eos_id=None, generator=None, samples=1):
     """Samples `samples` responses a prompt, with everything about them that stays fixed during the updates.
 
     prompts: (n, T0) ids, or n id lists.  reward: (ids, mask) -> (N,).  N = n * samples, those of a prompt together.
     -> {ids, mask, old_logp, ref_logp, old_values: (N, T), reward: (N,)}
     """
+    def columns(ids, mask):
+        return {"old_logp": token_logprob(policy, ids, mask, temperature),                  # detail 9
+                "ref_logp": token_logprob(ref, ids, mask, temperature),
+                "old_values": token_values(critic, ids, mask), "reward": reward(ids, mask)}
+
     prompts = [prompt for prompt in prompts for _ in range(samples)]
-    ids, mask = generate(policy, prompts, max_new_tokens, temperature, eos_id, generator)   # (N, T), (N, T)
-    rows = micro_batch_size or len(ids)
-    parts = list(zip(ids.split(rows), mask.split(rows)))
-    return {"ids": ids, "mask": mask,
-            "old_logp": torch.cat([token_logprob(policy, *part, temperature) for part in parts]),    # detail 9
-            "ref_logp": torch.cat([token_logprob(ref, *part, temperature) for part in parts]),
-            "old_values": torch.cat([token_values(critic, *part) for part in parts]),
-            "reward": torch.cat([reward(*part) for part in parts])}
+    batch = respond(policy, prompts, max_new_tokens, temperature, eos_id, generator, len(prompts), columns)
+    T = trim(batch["ids"], batch["mask"])[0].shape[1]
+    return {k: (v[:, :T] if v.dim() == 2 else v).to(policy.wte.weight.device) for k, v in batch.items()}
 
 
 def iteration(policy, ref, critic, policy_optimizer, critic_optimizer, reward, prompts, *, policy_lr, critic_lr, beta,
@@ -151,13 +149,12 @@ def iteration(policy, ref, critic, policy_optimizer, critic_optimizer, reward, p
     policy, ref: GPT; critic: ScalarGPT; prompts, reward, samples: as in `rollout`; optimizers: AdamW, eps 1e-5.
     policy_lr, critic_lr: this iteration's; the schedule is the caller's.  critic_only: the policy stays (detail 3).
     value_clip: in standard deviations of the returns (detail 5), math.inf for none.
-    micro_batch_size: rows at a time, 0 for all; it changes memory, not the result.
+    micro_batch_size: rows at a time in an update, 0 for all; it changes memory, not the result.
     generator (CPU): the only source of randomness, first for the responses, then for the minibatches.
     -> {name: float}: reward, kl (log-ratio to pi_sft in nats a response), objective (J) and length of the responses,
     explained_variance of the critic, all before the updates; losses, approx_kl and others are means over the updates.
     """
-    batch = rollout(policy, ref, critic, reward, prompts, max_new_tokens, temperature, eos_id, generator, samples,
-                    micro_batch_size)
+    batch = rollout(policy, ref, critic, reward, prompts, max_new_tokens, temperature, eos_id, generator, samples)
     ids, mask, old_logp, old_values = (batch[name] for name in ("ids", "mask", "old_logp", "old_values"))
     rewards = token_rewards(old_logp, batch["ref_logp"], batch["reward"], mask, beta)       # (N, T)
     advantages, returns = gae(rewards, old_values, mask, gamma, lam)                        # (N, T), (N, T)
@@ -175,11 +172,10 @@ def iteration(policy, ref, critic, policy_optimizer, critic_optimizer, reward, p
     updates = []
     for _ in range(epochs):
         for rows in torch.randperm(len(ids), generator=generator).chunk(minibatches):
-            parts = rows.split(micro_batch_size or len(rows))
-            value = descend(critic_optimizer, critic_lr, parts, value_loss_sum, f"{where}, critic")
+            value = descend(critic_optimizer, critic_lr, rows, micro_batch_size, value_loss_sum, f"{where}, critic")
             stats = dict.fromkeys(("loss", "approx_kl", "clip_fraction", "grad_norm"), math.nan)     # the policy stays
             if not critic_only:
-                stats = descend(policy_optimizer, policy_lr, parts, policy_loss_sum, f"{where}, policy")
+                stats = descend(policy_optimizer, policy_lr, rows, micro_batch_size, policy_loss_sum, f"{where}, policy")
             updates.append(stats | {"value_loss": value["loss"], "value_grad_norm": value["grad_norm"]})
     log_ratio = (old_logp - batch["ref_logp"]).sum(1)                                       # (N, T) -> (N,)
     return {"reward": float(batch["reward"].mean()), "kl": float(log_ratio.mean()),

@@ -17,7 +17,7 @@ import data
 from checkpoint import Log, begin, finish, resumable, rng
 from evaluate import measure
 from files import UserError, read_json, read_tensors, write_json, write_tensors
-from model import GPT, GPTConfig, ScalarGPT, generate, sequence_logprob, token_logprob
+from model import GPT, GPTConfig, ScalarGPT, respond, sequence_logprob, token_logprob, trim
 from optim import adamw, batch_at, cosine, descend
 
 
@@ -80,9 +80,9 @@ class Run:
         scorer.transformer.bf16 = self.bf16
         return scorer
 
-    def part(self, index, rows_each=1):
-        """Splits a batch's indices into micro-batches of at most --micro-batch-size rows, at least one example each."""
-        return index.split(max(1, self.cfg.micro_batch_size // rows_each) if self.cfg.micro_batch_size else len(index))
+    def at_once(self, rows_each=1):
+        """How many examples of rows_each rows make a micro-batch of at most --micro-batch-size rows; 0: all of them."""
+        return max(1, self.cfg.micro_batch_size // rows_each) if self.cfg.micro_batch_size else 0
 
 
 def fit(run, folder, model, steps, batch, lr, length, loss_sum):
@@ -91,7 +91,7 @@ def fit(run, folder, model, steps, batch, lr, length, loss_sum):
     state = {"model": model, "optimizer": optimizer, "log": log}
     for step, bar in resumable(folder, state, steps, run.cfg.save_every, folder.name):
         index = batch_at(step, batch, length, folder.name)
-        stats = descend(optimizer, lr * cosine(step, steps), run.part(index), loss_sum, f"{folder.name}, step {step + 1}")
+        stats = descend(optimizer, lr * cosine(step, steps), index, run.at_once(), loss_sum, f"{folder.name}, step {step + 1}")
         log.write(step=step + 1, **stats)
         bar.set_postfix({k: f"{stats[k]:.3f}" for k in ("loss", "accuracy") if k in stats}, refresh=False)
 
@@ -184,15 +184,15 @@ def draw(run, folder, prompts, each, text=True):
     policy, score = run.policy(run.folder / "sft"), run.scorer(run.folder / "oracle")
     repeated = [p for p in prompts for _ in range(each)]
     chunks = [repeated[i:i + cfg.sample_batch] for i in range(0, len(repeated), cfg.sample_batch)]
-    with torch.no_grad():
-        for step, _ in resumable(folder, {"table": table}, len(chunks), max(1, len(chunks) // 8), folder.name):
-            ids, mask = generate(policy, chunks[step], cfg.new_tokens, cfg.temperature, run.eos_id, rng(folder.name, step))
-            new = {"reward": score(ids, mask)}                                              # (n,)
-            if text:
-                room = (0, run.block_size - ids.shape[1])
-                new |= {"ids": F.pad(ids, room, value=run.eos_id).int(), "mask": F.pad(mask, room),
-                        "ref_logp": sequence_logprob(policy, ids, mask, cfg.temperature)}
-            table.append(**{k: v.cpu() for k, v in new.items()})
+
+    def columns(ids, mask):
+        reward = {"reward": score(ids, mask)}                                               # (n,)
+        return reward | {"ref_logp": sequence_logprob(policy, ids, mask, cfg.temperature)} if text else reward
+
+    for step, _ in resumable(folder, {"table": table}, len(chunks), max(1, len(chunks) // 8), folder.name):
+        new = respond(policy, chunks[step], cfg.new_tokens, cfg.temperature, run.eos_id, rng(folder.name, step), cfg.sample_batch,
+                      columns)
+        table.append(**(new | {"ids": new["ids"].int()} if text else {"reward": new["reward"]}))
     return {k: v.view(len(prompts), each, *v.shape[1:]) for k, v in table.columns.items()}
 
 
@@ -289,9 +289,3 @@ def reward_function(run, folder):
 def within_prompt_sd(reward):
     """(P, K) -> the standard deviation of a response's reward around its prompt's mean."""
     return reward.var(1, correction=1).mean().sqrt()
-
-
-def trim(ids, mask):
-    """Cuts the padding that no row of a batch needs.  (N, T), (N, T) -> (N, t), (N, t)"""
-    longest = int(mask.any(0).nonzero().max()) + 1
-    return ids[:, :longest], mask[:, :longest]

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 import figures
+import parallel
 import ppo
 import stages
 import xpo
@@ -21,9 +22,9 @@ from dpo import dpo_loss, dpo_reward_loss
 from evaluate import measure, read_csv, summary
 from exo import exo_loss, exo_pref_loss
 from files import UserError, read_json, read_tensors, write_json, write_tensors
-from model import sequence_logprob
+from model import sequence_logprob, trim
 from optim import adamw, batch_at, cosine, descend, out_of_memory, stuck
-from stages import Run, trim
+from stages import Run
 
 
 def opt(default, help, stages="", choices=None):
@@ -205,11 +206,15 @@ def pick_device(cfg, why):
         raise UserError(f"--device {name}: PyTorch finds no such device here, use --device auto")
     torch.set_float32_matmul_precision(cfg.matmul)
     bf16 = name == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if bf16:                                                         # the float32 products that are left, the heads', by TF32
+        torch.set_float32_matmul_precision("high")
+    device = parallel.start(torch.device(name))
     kind = "bfloat16 products, float32 weights" if bf16 else f"float32, {cfg.matmul} precision"
     print(f"preset {cfg.preset} ({why}; --preset tiny, imdb-small, imdb or imdb-large to choose) · {name} "
           f"{torch.cuda.get_device_name() if name == 'cuda' else f'{torch.get_num_threads()} threads'} · "
+          f"{f'{parallel.world()} processes · ' if parallel.world() > 1 else ''}"
           f"{kind} · torch {torch.__version__} · {cfg.run}")
-    return torch.device(name), bf16
+    return device, bf16
 
 
 # ---- alignment -------------------------------------------------------------------------------------------------------------
@@ -251,7 +256,7 @@ def offline(run, policy, optimizer, method, feedback, K, seed):
 
     def step(step, share):
         index = batch_at(step, cfg.align_batch, torch.zeros(len(ids)), "align", seed, window=1)
-        return descend(optimizer, cfg.align_lr * share, run.part(index, ids.shape[1]), loss_sum, f"{method}, step {step + 1}")
+        return descend(optimizer, cfg.align_lr * share, index, run.at_once(ids.shape[1]), loss_sum, f"{method}, step {step + 1}")
 
     return cfg.align_steps, step, {}
 
@@ -317,7 +322,7 @@ def online(run, policy, ref, score, optimizer, seed):
         if replay.closed == t:                                       # this round is over: no step until the next one
             return dict.fromkeys(("loss", "grad_norm"), math.nan)
         index = batch_at(i, cfg.align_batch, torch.zeros(len(replay)), "xpo", seed, t, window=1)
-        stats = descend(optimizer, cfg.align_lr * share, run.part(index, 2), loss_sum, f"xpo, step {step + 1}")
+        stats = descend(optimizer, cfg.align_lr * share, index, run.at_once(2), loss_sum, f"xpo, step {step + 1}")
         if stats["explore_log_ratio"] < floor:                       # the bonus has no floor of its own on a replay
             replay.closed = t
         return stats
@@ -363,7 +368,7 @@ def align(run, method, feedback, K, seed):
             policy.save_pretrained(folder / f"step-{step + 1:05d}", run.eos_id)
             write_tensors(folder / f"step-{step + 1:05d}" / "samples.safetensors", found)
             bar.write(f"step {step + 1}: reward {row['reward']:.2f} at KL {row['kl']:.2f} nats, length {row['length']:.0f}")
-        if step + 1 == 50 and stuck([row["loss"] for row in read_csv(folder / "metrics.csv")]):
+        if step + 1 == 50 and parallel.rank() == 0 and stuck([row["loss"] for row in read_csv(folder / "metrics.csv")]):
             print(f"\n{folder.name}, step 50: warning: the loss has stood at {stats['loss']:.4g} for 50 steps: nothing is learned; "
                   "look at the learning rate, and whether all responses of a prompt are the same", file=sys.stderr)
         shown = ("loss", "rewards_margin", "rewards_accuracy", "reward", "kl", "explore_log_ratio")
@@ -387,7 +392,8 @@ def main(argv=None):
     cfg, why = parse(argv)
     try:
         device, bf16 = pick_device(cfg, why)
-        held = lock(cfg.run)                                         # kept open: the lock lasts as long as the process
+        held = lock(cfg.run) if parallel.rank() == 0 else None       # kept open: the lock lasts as long as the process
+        parallel.agreed(0)                                           # no one goes on before process 0 has it
         catch_signals()
         run = Run(cfg, device, bf16)
         write_json(run.folder / "config.json", vars(cfg))
@@ -396,11 +402,14 @@ def main(argv=None):
                 align(run, method, feedback, K, seed)
         stages.limit(run)
         figures.draw(run)
-        held.close()
+        parallel.stop()
+        if held:
+            held.close()
     except UserError as error:
-        sys.exit(f"train.py: {error}")
+        sys.exit(f"train.py: {error}" if parallel.rank() == 0 else 1)
     except Stopped as stopped:
-        print(f"stopped; go on with: python train.py {shlex.join(sys.argv[1:] if argv is None else argv)}", file=sys.stderr)
+        if parallel.rank() == 0:
+            print(f"stopped; go on with: python train.py {shlex.join(sys.argv[1:] if argv is None else argv)}", file=sys.stderr)
         sys.exit(128 + stopped.args[0])
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):

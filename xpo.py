@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from dpo import dpo_loss
-from model import generate, sequence_logprob
+from model import respond, sequence_logprob
 
 
 def xpo_loss(logp, ref_logp, explore_logp, beta=0.1, alpha=3e-4):
@@ -73,20 +73,19 @@ class Replay:
         self.data, self.closed = dict(state["data"]), state["closed"]
 
 
-@torch.no_grad()
 def play(policy, ref, reward, label, prompts, sampled, replay, max_new_tokens, temperature, eos_id, generator, rows=1024):
     """The first half of a round of Algorithm 1: pi_t answers each prompt, the answer meets pi_sft's, the label goes into D.
 
-    prompts: (n, T0) ids; sampled: pi_sft's responses to them, {ids, mask: (n, T), ref_logp, reward: (n,)}, T the block size;
+    prompts: (n, T0) ids, or n id lists; sampled: pi_sft's responses to them, {ids, mask: (n, T), ref_logp, reward: (n,)};
     reward: (ids, mask) -> (n,); label: rewards (n, 2) -> the winner's column (n,); rows: how many prompts are answered at once.
     """
-    parts = []
-    for chunk in prompts.split(rows):
-        ids, mask = generate(policy, chunk, max_new_tokens, temperature, eos_id, generator) # (rows, t), (rows, t)
-        room = (0, sampled["ids"].shape[1] - ids.shape[1])
-        parts.append({"ids": F.pad(ids, room, value=eos_id).to(sampled["ids"].dtype), "mask": F.pad(mask, room),
-                      "ref_logp": sequence_logprob(ref, ids, mask, temperature), "reward": reward(ids, mask)})
-    fresh = {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}    # (n, ...)
+    def columns(ids, mask):
+        return {"ref_logp": sequence_logprob(ref, ids, mask, temperature), "reward": reward(ids, mask)}
+
+    fresh = respond(policy, prompts, max_new_tokens, temperature, eos_id, generator, rows, columns)
+    room = (0, sampled["ids"].shape[1] - fresh["ids"].shape[1])
+    fresh["ids"] = F.pad(fresh["ids"], room, value=eos_id).to(sampled["ids"].dtype)         # (n, t) -> (n, T)
+    fresh["mask"] = F.pad(fresh["mask"], room)
     pair = {name: torch.stack([fresh[name], sampled[name].cpu()], dim=1) for name in fresh} # (n, 2, ...)
     winner = label(pair.pop("reward"))                                                      # (n,)
     order, row = torch.stack([winner, 1 - winner], dim=1), torch.arange(len(winner))[:, None]       # (n, 2), (n, 1)

@@ -331,7 +331,7 @@ def train(folder, crash_at=None, inside_step=None, every=2):
         if inside_step:
             inside_step(step)
         index = batch_at(step, 4, torch.arange(40), "train")
-        stats = descend(optimizer, 0.1 * cosine(step, STEPS), [index], loss_sum, f"step {step}")
+        stats = descend(optimizer, 0.1 * cosine(step, STEPS), index, 0, loss_sum, f"step {step}")
         log.write(step=step + 1, **stats)
         if step == crash_at:
             raise Crash

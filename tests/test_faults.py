@@ -316,7 +316,7 @@ def test_a_step_that_is_refused_changes_neither_weights_nor_optimizer(value, wha
     optimizer = torch.optim.AdamW([weight], lr=0.1)
     bad = weight.sum() * value if what == "loss" else weight.sum() + (weight * 0).sqrt().sum()
     with pytest.raises(UserError):
-        descend(optimizer, 0.1, [torch.arange(3)], lambda part: ({"loss": bad}, 3), "sft, step 1")
+        descend(optimizer, 0.1, torch.arange(3), 0, lambda part: ({"loss": bad}, 3), "sft, step 1")
     assert torch.equal(weight, torch.ones(2)) and not optimizer.state
 
 
@@ -340,7 +340,7 @@ def test_out_of_memory_says_which_flag_to_lower(error):
     def loss_sum(part):
         raise error
     with pytest.raises(UserError, match="^exo, step 3: out of memory: lower --micro-batch-size") as told:
-        descend(torch.optim.AdamW([torch.ones(1)]), 0.1, [torch.arange(2)], loss_sum, "exo, step 3")
+        descend(torch.optim.AdamW([torch.ones(1)]), 0.1, torch.arange(2), 0, loss_sum, "exo, step 3")
     assert "\n" not in str(told.value)
 
 
@@ -348,7 +348,7 @@ def test_an_error_of_another_kind_is_not_taken_for_a_lack_of_memory():
     def loss_sum(part):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
     with pytest.raises(RuntimeError, match="shapes"):
-        descend(torch.optim.AdamW([torch.ones(1)]), 0.1, [torch.arange(2)], loss_sum, "exo, step 3")
+        descend(torch.optim.AdamW([torch.ones(1)]), 0.1, torch.arange(2), 0, loss_sum, "exo, step 3")
 
 
 def test_a_run_without_memory_stops_in_one_sentence_and_goes_on_in_smaller_parts(small, undisturbed, tmp_path):
@@ -524,7 +524,7 @@ def test_pairs_of_the_same_response_change_no_weight(gpt, loss):
     def loss_sum(part):
         return {"loss": 3 * loss(sequence_logprob(gpt, ids, mask).view(3, 2), ref_logp, torch.ones(3, 2))}, 3
 
-    stats = descend(torch.optim.SGD(gpt.parameters(), lr=0.1), 0.1, [torch.arange(3)], loss_sum, "step 1")
+    stats = descend(torch.optim.SGD(gpt.parameters(), lr=0.1), 0.1, torch.arange(3), 0, loss_sum, "step 1")
     assert stats["grad_norm"] < 1e-4 and abs(stats["loss"]) < 10
     assert all((p - q).abs().max() < 1e-5 for p, q in zip(gpt.parameters(), before))
 

@@ -33,17 +33,19 @@ IMDB_LABEL = {"pos": 1, "neg": 0, "unsup": None}
 class Reviews:
     ids: list          # of (length,) int32 arrays, the whole review without end-of-text
     label: np.ndarray  # (n,) int8: 1 positive, 0 negative, -1 unlabelled
+    start: np.ndarray | int = 0                                      # tokens of the prompt: of all reviews, or (n,) of each
 
     def __len__(self):
         return len(self.ids)
 
     def pick(self, index):
-        return Reviews([self.ids[i] for i in index], self.label[index])
+        return Reviews([self.ids[i] for i in index], self.label[index], np.broadcast_to(self.start, len(self))[index])
 
 
 def rows(reviews, prompt_tokens, block_size, eos_id):
     """Reviews (id arrays) -> ids (N, T) int64 and mask (N, T) bool: prompt, response, padding by eos_id up to the longest row.
 
+    prompt_tokens: of all reviews, or (N,) of each.
     The end-of-text id is appended, and counted in the mask, where there is room for it: a review cut at block_size has none.
     """
     rows = [np.append(r, eos_id)[:block_size] for r in reviews]
@@ -51,7 +53,7 @@ def rows(reviews, prompt_tokens, block_size, eos_id):
     for n, row in enumerate(rows):
         ids[n, :len(row)] = row
     column, length = np.arange(ids.shape[1]), np.array([len(row) for row in rows])
-    mask = (column >= prompt_tokens) & (column < length[:, None])                           # (N, T)
+    mask = (column >= np.reshape(prompt_tokens, (-1, 1))) & (column < length[:, None])      # (N, T)
     return torch.from_numpy(ids), torch.from_numpy(mask)
 
 

@@ -7,6 +7,7 @@ Each has a csv beside it; table.csv holds the last checkpoints, the share of the
 import argparse
 import csv
 import sys
+import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,15 +24,16 @@ from checkpoint import rng  # noqa: E402
 from evaluate import COLORS, read_csv  # noqa: E402
 from files import UserError, atomic, read_json, read_tensors  # noqa: E402
 from model import respond, sequence_logprob  # noqa: E402
+from parallel import rank  # noqa: E402
 
 SHARES = (0.5, 1, 2, 4)                                              # nats at which the share of the limit is told
 
 
-def alignments(folder):
+def alignments(folder, unfinished=False):
     """The finished alignments of a run: {name without its seed: [(folder, rows of eval.csv), one a seed]}."""
     found = {}
     for path in sorted(folder.glob("*-s*/eval.csv")):
-        if "done" in read_json(path.parent / "stage.json"):
+        if unfinished or "done" in read_json(path.parent / "stage.json"):
             found.setdefault(path.parent.name.rsplit("-s", 1)[0], []).append((path.parent, read_csv(path)))
     return found
 
@@ -58,16 +60,28 @@ def final_samples(path):
 def draw(run):
     """Draws everything that the run holds, and prints its table."""
     found = alignments(run.folder)
+    prompts = "held-out prompts" if run.own else "test prompts"
     limits = sorted(run.folder.glob("limit-*/rewards.safetensors"), key=lambda p: p.stat().st_size)
     if not found or not limits:
         raise UserError(f"{run.folder} holds no finished alignment yet: run train.py first")
     rewards = read_tensors(limits[-1])[0]["reward"].numpy()                                 # (P, M)
     curve = evaluate.limit_curve(rewards)
-    frontier(run.folder, found, rewards, curve)
-    accuracy(run.folder, found)
-    curves(run.folder, found)
+    frontier(run.folder, found, rewards, curve, reward_axis(run), prompts)
+    if not run.own:                                                  # accuracy is the oracle's probability
+        accuracy(run.folder, found)
+    curves(run.folder, found, reward_axis(run))
     density(run, found)
     table(run, found, rewards, curve)
+
+
+def reward_axis(run):
+    return "reward model's reward" if run.own else "oracle reward, log-odds of positive"
+
+
+def progress(run):
+    """curves.png while a run goes on, with the alignment under way."""
+    if rank() == 0:
+        curves(run.folder, alignments(run.folder, unfinished=True), reward_axis(run))
 
 
 # ---- figures ---------------------------------------------------------------------------------------------------------------
@@ -106,9 +120,9 @@ def plot(axes, name, runs, x, y):
 KL_AXIS = "KL$(\\pi \\,\\|\\, \\pi_{sft})$, nats a sequence"
 
 
-def frontier(folder, found, rewards, curve):
+def frontier(folder, found, rewards, curve, judge, prompts):
     """Figure 2: every method's checkpoints, the limit where it is supported, best-of-n.  rewards: (P, M) of pi_sft"""
-    figure, axes = canvas(f"{folder.name}: reward against KL, test prompts", KL_AXIS, "oracle reward, log-odds of positive")
+    figure, axes = canvas(f"{folder.name}: reward against KL, {prompts}", KL_AXIS, judge)
     on = curve["supported"]
     limit = f"the limit: $\\pi^*_\\beta$ over $\\beta$ (on {len(rewards)} of the prompts)"
     axes.plot(curve["kl"][on], curve["reward"][on], color=COLORS["limit"], lw=1.6, label=limit)
@@ -134,19 +148,20 @@ def accuracy(folder, found):
                                            for runs in found.values() for path, rows in runs for row in rows])
 
 
-def curves(folder, found):
+def curves(folder, found, judge):
     """Figure 8: reward on the way for one seed of each method; the bars are the spread of a prompt's responses."""
     figure, axes = canvas(f"{folder.name}: reward on the way; bars: one standard deviation within prompts", "share of the training",
-                          "oracle reward, log-odds of positive")
+                          judge)
     lines = []
     for shift, (name, runs) in enumerate(found.items()):
         path, rows = runs[0]
-        steps, spread = np.array([row["step"] for row in rows[1:]]), []
+        share = np.arange(1, len(rows)) / read_json(path / "stage.json")["settings"]["checkpoints"]
+        spread = []
         for row in rows[1:]:
             samples = read_tensors(path / f"step-{int(row['step']):05d}" / "samples.safetensors")[0]
             spread.append(float(stages.within_prompt_sd(samples["reward"])))
             lines.append({"run": path.name, "step": row["step"], "reward": row["reward"], "within_prompt_sd": spread[-1]})
-        axes.errorbar(steps / steps[-1] + 0.006 * shift, [row["reward"] for row in rows[1:]], yerr=spread, capsize=2,
+        axes.errorbar(share + 0.006 * shift, [row["reward"] for row in rows[1:]], yerr=spread, capsize=2,
                       elinewidth=0.7, label=label(name), **style(name))
     save(figure, folder / "curves.png", lines)
 
@@ -157,10 +172,11 @@ def density(run, found, M=2048, beta=None):
     cfg, policy = run.cfg, run.policy(run.folder / "sft")
     beta = beta or max(cfg.beta_pi * cfg.beta_r, 0.5)                # ours: at a smaller one a few responses carry all weight
     path = run.folder / "reference" / "samples.safetensors"
-    prompt = read_tensors(path)[0]["ids"][0, 0, :cfg.prompt_tokens].tolist()
+    first = read_tensors(path)[0]
+    prompt = stages.prompts_of(first["ids"][0, :1], first["mask"][0, :1])[0]
     policies = {name: run.policy(runs[0][0] / read_json(runs[0][0] / "stage.json")["done"]["final"])
                 for name, runs in found.items() if name.startswith(("exo", "dpo"))} | {"sft": policy}
-    score = run.scorer(run.folder / "oracle")
+    score = stages.judge(run, run.folder / ("reward_model" if run.own else "oracle"))
 
     def columns(ids, mask):
         return {"optimum": score(ids, mask) / beta} | {
@@ -170,14 +186,14 @@ def density(run, found, M=2048, beta=None):
     drawn = {name: drawn[name].double().numpy() for name in ("optimum", *policies)}         # (M,) each
     s = drawn.pop("sft")                                             # log pi_sft
     exponents = {name: x if name == "optimum" else x - s for name, x in drawn.items()}
-    title = run.encoding.decode(prompt).replace("$", r"\$").replace("\n", " ")
+    title = textwrap.shorten(run.encoding.decode(prompt).replace("$", r"\$"), 60, placeholder=" …")
     figure, axes = canvas(f"{run.folder.name}: density ratio to $\\pi_{{sft}}$, prompt “{title}”",
                           "$\\log \\pi_{sft}$ of a response, nats", "$\\pi / \\pi_{sft}$ (kernel estimate)")
     grid, lines = np.linspace(*np.percentile(s, [2, 98]), 100), []
     for name, exponent in exponents.items():
         weight = np.exp(exponent - np.logaddexp.reduce(exponent))                           # (M,)
         ratio, ess = evaluate.density_ratio(s, weight, grid), 1 / (weight ** 2).sum()
-        look = {"color": COLORS["limit"], "lw": 1.6} if name == "optimum" else style(name) | {"marker": None}
+        look = {"color": COLORS["limit"], "lw": 1.6} if name == "optimum" else style(name) | {"markevery": 9}
         curve = f"$\\pi^*_\\beta$, β = {beta:g}" if name == "optimum" else label(name)
         axes.plot(grid, ratio, label=f"{curve} (effective samples {ess:.0f} of {M})", **look)
         lines += [{"curve": name, "log_ref": g, "ratio": r, "effective_samples": ess} for g, r in zip(grid, ratio)]
@@ -190,10 +206,11 @@ def density(run, found, M=2048, beta=None):
 
 @torch.no_grad()
 def win_rates(run, samples, before, score):
-    """Against pi_sft's responses and against the data's own, by the oracle and, where there is one, by the reward model."""
-    rates = {"wins_sft_oracle": evaluate.win_rate(samples["reward"], before["reward"]),
-             "wins_data_oracle": evaluate.win_rate(samples["reward"], before["data_reward"][:, None])}
-    if score:
+    """Against pi_sft's responses and against the data's own, by the oracle and by the reward model, as far as they are there."""
+    rates = {"wins_sft": evaluate.win_rate(samples["reward"], before["reward"]),
+             "wins_data": evaluate.win_rate(samples["reward"], before["data_reward"][:, None])}
+    rates = {f"{name}_{'rm' if run.own else 'oracle'}": rate for name, rate in rates.items()}
+    if score and not run.own:
         def scored(ids, mask):
             both = zip(ids.flatten(0, -2).split(256), mask.flatten(0, -2).split(256))
             return torch.cat([score(i.long().to(run.device), m.to(run.device)).cpu() for i, m in both]).view(ids.shape[:-1])
@@ -219,7 +236,8 @@ def table(run, found, rewards, curve):
         lines.append(line | win_rates(run, samples, before, score))
     write_csv(run.folder / "table.csv", lines)
     start = next(iter(found.values()))[0][1][0]
-    print(f"\n{'':28} {'':13} {'':13} {'':6} {'':6} {'':7}  {'share of the limit at KL':28} {'gap to':>7} {'wins, oracle':>13}")
+    wins = "rm" if run.own else "oracle"
+    print(f"\n{'':28} {'':13} {'':13} {'':6} {'':6} {'':7}  {'share of the limit at KL':28} {'gap to':>7} {f'wins, {wins}':>13}")
     print(f"{'':28} {'reward':>13} {'KL, nats':>13} {'length':>6} {'ended':>6} {'dist-2':>7}   0.5     1     2     4   end "
           f"{'limit':>8} {'π_sft':>6} {'data':>6}")
     print(f"{'pi_sft':28} {start['reward']:6.2f} ± {start['reward_se']:.2f} {0:6.2f} {'':6} {start['length']:6.1f} "
@@ -229,7 +247,7 @@ def table(run, found, rewards, curve):
         gap = "beyond" if line["gap"] is None else f"{line['gap']:.2f}"
         print(f"{line['run']:28} {line['reward']:6.2f} ± {line['reward_se']:.2f} {line['kl']:6.2f} ± {line['kl_se']:.2f} "
               f"{line['length']:6.1f} {line['ended']:6.0%} {line['distinct2']:7.4f}  {shares} {gap:>8} "
-              f"{line['wins_sft_oracle']:6.0%} {line['wins_data_oracle']:6.0%}")
+              f"{line[f'wins_sft_{wins}']:6.0%} {line[f'wins_data_{wins}']:6.0%}")
 
 
 def write_samples(run, folder, before, after, n=8):
@@ -238,13 +256,23 @@ def write_samples(run, folder, before, after, n=8):
         ids = found["ids"][i, 0][found["mask"][i, 0]].tolist()
         return run.encoding.decode([t for t in ids if t != run.eos_id]).strip().replace("\n", " ")
     lines = [f"# {folder.name}: test prompts continued by π_sft and by the aligned policy\n",
-             "In brackets the reward: the oracle's log-odds of a positive review.\n"]
+             f"In brackets the reward: {'the reward model’s' if run.own else 'the oracle’s log-odds of a positive review'}.\n"]
     for i in range(min(n, len(before["ids"]))):
-        prompt = run.encoding.decode(before["ids"][i, 0, :run.cfg.prompt_tokens].tolist())
+        prompt = run.encoding.decode(stages.prompts_of(before["ids"][i, :1], before["mask"][i, :1])[0])
         lines += [f"**{prompt}** …\n", f"- π_sft ({float(before['reward'][i, 0]):+.2f}): {text(before, i)}",
                   f"- aligned ({float(after['reward'][i, 0]):+.2f}): {text(after, i)}\n"]
     with atomic(folder / "samples.md", "w") as file:
         file.write("\n".join(lines))
+
+
+def open_run(folder):
+    """The run that train.py left in `folder`, with its settings, on a CUDA device where there is one and the run may use it."""
+    config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    if "new_tokens" not in config:                                   # a model's folder has a config.json too
+        raise UserError(f"{folder} is not a run folder: name one that train.py has made")
+    cfg = SimpleNamespace(**config | {"run": str(folder)})
+    device = torch.device("cuda" if torch.cuda.is_available() and cfg.device in ("auto", "cuda") else "cpu")
+    return stages.Run(cfg, device, stages.arithmetic(device, cfg.matmul))
 
 
 def main(argv=None):
@@ -253,12 +281,6 @@ def main(argv=None):
     parser.add_argument("run", type=Path)
     folder = parser.parse_args(argv).run
     try:
-        if not (folder / "config.json").exists():
-            raise UserError(f"{folder} is not a run folder: name one that train.py has made")
-        cfg = SimpleNamespace(**read_json(folder / "config.json") | {"run": str(folder)})
-        cuda = torch.cuda.is_available() and cfg.device in ("auto", "cuda")
-        torch.set_float32_matmul_precision(cfg.matmul)
-        bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-        draw(stages.Run(cfg, torch.device("cuda" if cuda else "cpu"), bf16))
+        draw(open_run(folder))
     except UserError as error:
         sys.exit(f"evaluate.py: {error}")

@@ -71,7 +71,7 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, cache, layer):
+    def forward(self, x, cache=None, layer=0):
         x = x + self.attn(self.ln_1(x), cache, layer)
         return x + self.mlp(self.ln_2(x))
 
@@ -102,8 +102,8 @@ class GPT(nn.Module):
         position = start + torch.arange(ids.shape[1], device=ids.device)                    # (T,) or (N, T)
         with self.precision():
             x = self.wte(ids) + self.wpe(position)                                          # (N, T, C)
-            for layer, block in enumerate(self.h):
-                x = block(x, cache, layer)
+            for layer, block in enumerate(self.h):                  # Run.policy may have compiled block(x), for whole rows
+                x = block(x) if cache is None else block.forward(x, cache, layer)
             return self.ln_f(x)
 
     def head(self, hidden):
@@ -341,13 +341,13 @@ def generate(model, prompt_ids, max_new_tokens, temperature=1.0, eos_id=None, ge
 
 
 @torch.no_grad()
-def respond(policy, prompts, max_new_tokens, temperature, eos_id, generator, rows, columns):
+def respond(policy, prompts, max_new_tokens, temperature, eos_id, generator, rows, columns, T=None):
     """Samples a response to each prompt, `rows` of them at a time, and what else is told of it; each process does its share.
 
     prompts: (N, T0) ids, or N id lists; columns: (ids, mask) of n rows -> {name: (n,) or (n, t)}.
-    -> {ids, mask: (N, T), name: (N,) or (N, T)} on the CPU, in the prompts' order, T the longest row that there could be.
+    -> {ids, mask: (N, T), name: (N,) or (N, T)} on the CPU, in the prompts' order; T: the longest row that there could be.
     """
-    T, parts = max(map(len, prompts)) + max_new_tokens, []
+    T, parts = T or max(map(len, prompts)) + max_new_tokens, []
     for chunk in (prompts[i:i + rows] for i in range(0, len(prompts), rows)):
         uniform = torch.rand(len(chunk), max_new_tokens, generator=generator)               # the same in every process
         split = len(chunk) >= world()                                                       # else each process does all of it

@@ -10,14 +10,19 @@ Prompt and response are tokenized apart and their ids joined.  A response has no
 import codecs
 import hashlib
 import json
+import math
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
+import data
 from files import UserError
+from model import sequence_logprob
 
 PAIR, WHOLE, SCORED = "a pair", "a pair without 'prompt'", "responses with rewards"      # the kinds of rows
 ASSISTANT = "\n\nAssistant:"                                         # ends the prompt in Anthropic's hh-rlhf
@@ -177,6 +182,22 @@ def shared_prompt(chosen, rejected):
     return words[1] if words else ""
 
 
+def best_first(rows):
+    """Rows with the best response first and the worst second, the others as they stood; a row of equal rewards says nothing."""
+    found = []
+    for row in rows:
+        order = list(range(len(row.responses)))
+        if row.rewards:
+            if min(row.rewards) == max(row.rewards):
+                continue
+            ends = [row.rewards.index(max(row.rewards)), row.rewards.index(min(row.rewards))]
+            order = ends + [i for i in order if i not in ends]
+        found.append(Row(row.prompt, [row.responses[i] for i in order], row.rewards and [row.rewards[i] for i in order], row.line))
+    if not found:
+        raise UserError("all rewards of the rows to train on, or of those held out, are equal: give rows whose rewards differ")
+    return found
+
+
 def split(rows, held_out, seed=0):
     """Divides rows by their prompts -> the rows to train on, the held-out rows, both in their order.
 
@@ -197,3 +218,39 @@ def split(rows, held_out, seed=0):
     if held_out and not held:
         held = {min(order, key=count.get)}
     return [row for row in rows if tuple(row.prompt) not in held], [row for row in rows if tuple(row.prompt) in held]
+
+
+def settle(run):
+    """Fits a run's settings to its file: lengths and steps that were not given (0), sizes that the file does not reach."""
+    cfg, (train, test) = run.cfg, run.preferences.values()
+    K, both = len(train[0].responses), [*train, *test]
+    cfg.prompt_tokens = cfg.prompt_tokens or max(len(row.prompt) for row in both)
+    cfg.new_tokens = cfg.new_tokens or 1 + max(len(response) for row in both for response in row.responses)
+    cfg.sft_reviews, cfg.prompts, cfg.responses = len(train), len(train), K
+    sft, rm, align = (5, 3, 1) if cfg.init else (20, 10, 10)         # passes: the paper's; ours from scratch
+    cfg.sft_steps = cfg.sft_steps or math.ceil(sft * len(train) / cfg.sft_batch)
+    cfg.rm_steps = cfg.rm_steps or math.ceil(rm * len(train) / cfg.rm_batch)
+    cfg.align_steps = cfg.align_steps or math.ceil(align * len(train) / cfg.align_batch)
+    cfg.checkpoints = min(cfg.checkpoints, cfg.align_steps)
+    cfg.eval_prompts = min(cfg.eval_prompts, len(test))
+    cfg.limit_prompts, cfg.xpo_prompts = min(cfg.limit_prompts, cfg.eval_prompts), min(cfg.xpo_prompts, len(train))
+    cfg.ppo_batch, cfg.num_candidates = min(cfg.ppo_batch, len(train)), sorted({min(k, K) for k in cfg.num_candidates})
+    if not run.scored:
+        cfg.labels = "argmax"                                        # who wins is known
+    print(f"{cfg.data}: {len(train):,} rows to train on, {len(test):,} held out; prompts of up to {cfg.prompt_tokens} tokens, "
+          f"responses of up to {cfg.new_tokens}; {cfg.sft_steps:,} steps of SFT, {cfg.rm_steps:,} of the reward model, "
+          f"{cfg.align_steps:,} of EXO and DPO")
+
+
+@torch.no_grad()
+def table(run, split):
+    """A run's rows as `stages.draw` gives pi_sft's: {ids, mask: (P, K, T), ref_logp, reward: (P, K)}; a pair's rewards are 1, 0."""
+    rows, policy = run.preferences[split], run.policy(run.folder / "sft")
+    texts = [(row.prompt + response, len(row.prompt)) for row in rows for response in row.responses]
+    ids, mask = data.rows(*zip(*texts), run.block_size, run.eos_id)                         # (P K, t), (P K, t)
+    logp = torch.cat([sequence_logprob(policy, i.to(run.device), m.to(run.device), run.cfg.temperature).cpu()
+                      for i, m in zip(ids.split(64), mask.split(64))])                      # (P K,)
+    room = (0, run.block_size - ids.shape[1])
+    flat = {"ids": F.pad(ids, room, value=run.eos_id).int(), "mask": F.pad(mask, room), "ref_logp": logp}
+    reward = torch.tensor([row.rewards or [1.0, 0.0] for row in rows])                      # (P, K)
+    return {"reward": reward} | {name: x.unflatten(0, reward.shape) for name, x in flat.items()}

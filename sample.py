@@ -10,7 +10,6 @@ import shutil
 import sys
 import textwrap
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
@@ -21,18 +20,6 @@ from files import UserError, read_json
 from model import generate, sequence_logprob
 
 METHODS = ("exo", "dpo", "ppo", "xpo", "online-dpo")                 # how the names of alignments begin
-
-
-def open_run(folder):
-    """The run that train.py left in `folder`, with its settings, on a CUDA device where there is one and the run may use it."""
-    config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
-    if "prompt_tokens" not in config:                                # a model's folder has a config.json too
-        raise UserError(f"{folder} is not a run folder: name one that train.py has made")
-    cfg = SimpleNamespace(**config | {"run": str(folder)})
-    cuda = torch.cuda.is_available() and cfg.device in ("auto", "cuda")
-    torch.set_float32_matmul_precision(cfg.matmul)
-    bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-    return stages.Run(cfg, torch.device("cuda" if cuda else "cpu"), bf16)
 
 
 def finished(folder):
@@ -103,7 +90,7 @@ def main(argv=None):
     try:
         if args.n < 1 or (args.new_tokens is not None and args.new_tokens < 1):
             raise UserError("--n and --new-tokens must be at least 1")
-        run = open_run(args.run)
+        run = figures.open_run(args.run)
         folders = policies(args.run, args.method)
         ref = run.policy(folders["pi_sft"])
         prompts = [encode(run, text, ref.config.block_size, args.new_tokens) for text in args.prompt]

@@ -3,6 +3,10 @@
     reviews -> pi_sft -> 8 responses a prompt, with log pi_sft and oracle reward -> pairs -> reward model
        '-----> oracle -----^
 
+A file of preferences (--data) brings its own responses, and there is no oracle: the reward model is the judge.
+
+    chosen texts -> pi_sft -> log pi_sft of the file's responses -> pairs -> reward model
+
 Each leaves one artifact in its own folder of the run.  A stage whose artifact is there, made with the same settings from the
 same upstream artifacts, is read and not run again.  Nothing here depends on the alignment method or on its seed.
 """
@@ -14,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 import data
+import preferences
 from checkpoint import Log, begin, finish, resumable, rng
 from evaluate import measure
 from files import UserError, read_json, read_tensors, write_json, write_tensors
@@ -26,9 +31,13 @@ class Run:
 
     def __init__(self, cfg, device, bf16):
         self.cfg, self.folder, self.device, self.bf16 = cfg, Path(cfg.run), device, bf16
-        self.encoding = data.tiny_encoding() if cfg.data == "tiny" else data.gpt2_encoding()
+        self.encoding = data.tiny_encoding() if cfg.tokenizer == "tiny" else data.gpt2_encoding()
         self.eos_id = self.encoding.eot_token
-        self.block_size = cfg.prompt_tokens + cfg.new_tokens
+        self.own = cfg.data not in ("tiny", "imdb")                  # a user's file of preferences
+
+    @property
+    def block_size(self):
+        return self.cfg.prompt_tokens + self.cfg.new_tokens
 
     def settings(self, stage):
         """The settings that this stage's artifact depends on, beside what it reads from upstream."""
@@ -39,12 +48,21 @@ class Run:
     @cached_property
     def source(self):
         """What identifies the reviews."""
+        if self.own:
+            return [data.file_sha256(path) for path in (self.cfg.data, self.cfg.eval_data) if path]
         return "grammar 1" if self.cfg.data == "tiny" else data.imdb_key(self.cfg.imdb, self.encoding)[1]
 
     @cached_property
     def reviews(self):
-        """{"train", "test"}: reviews longer than a prompt, shuffled; in "train" the labelled ones come first."""
+        """{"train", "test"}: reviews longer than a prompt, shuffled; in "train" the labelled ones come first.
+
+        Of a file of preferences: the prompts with their best responses, in the file's order.
+        """
         cfg = self.cfg
+        if self.own:
+            return {split: data.Reviews([np.array(row.prompt + row.responses[0], dtype=np.int32) for row in rows],
+                                        np.full(len(rows), -1, np.int8), np.array([len(row.prompt) for row in rows]))
+                    for split, rows in self.preferences.items()}
         both = data.load_tiny(cfg.sft_reviews, cfg.test_reviews, self.encoding) if cfg.data == "tiny" \
             else data.load_imdb(cfg.imdb, self.encoding)
         for split, reviews in both.items():
@@ -55,6 +73,7 @@ class Run:
             order = order[long[order]]
             order = order[np.argsort(reviews.label[order] < 0, kind="stable")]
             both[split] = reviews.pick(order)
+            both[split].start = cfg.prompt_tokens
         labelled = int((both["train"].label >= 0).sum())
         for flag, asked, there in (("--sft-reviews", cfg.sft_reviews, len(both["train"])), ("--prompts", cfg.prompts, labelled),
                                    ("--eval-prompts", cfg.eval_prompts, len(both["test"]))):
@@ -64,15 +83,41 @@ class Run:
 
     def prompts(self, split, n):
         """The first ids of the first n reviews of a split, a list of lists."""
-        return [review[:self.cfg.prompt_tokens].tolist() for review in self.reviews[split].ids[:n]]
+        reviews = self.reviews[split].pick(range(n))
+        return [review[:start].tolist() for review, start in zip(reviews.ids, reviews.start)]
+
+    @cached_property
+    def preferences(self):
+        """{"train", "test"}: rows of the user's file, the best response first, the worst second."""
+        cfg = self.cfg
+        rows = preferences.read_preferences(cfg.data, self.encoding, cfg.prompt_tokens or None)
+        if cfg.eval_data:
+            both = [rows, preferences.read_preferences(cfg.eval_data, self.encoding, cfg.prompt_tokens or None)]
+            if len({(row.rewards is None, len(row.responses)) for rows in both for row in rows}) > 1:
+                raise UserError(f"{cfg.data} and {cfg.eval_data} must hold rows of the same kind, with as many responses each")
+        else:
+            both = preferences.split(rows, cfg.held_out)
+        return {split: preferences.best_first(rows) for split, rows in zip(("train", "test"), both)}
+
+    @property
+    def scored(self):
+        """Whether a user's file gives rewards, not only pairs."""
+        return self.own and self.preferences["train"][0].rewards is not None
 
     def rows(self, reviews):
-        ids, mask = data.rows(reviews, self.cfg.prompt_tokens, self.block_size, self.eos_id)
+        ids, mask = data.rows(reviews.ids, reviews.start, self.block_size, self.eos_id)
         return ids.to(self.device), mask.to(self.device)             # (N, T), (N, T)
 
     def policy(self, folder):
-        gpt = GPT.from_pretrained(folder).to(self.device)
+        return self.placed(GPT.from_pretrained(folder))
+
+    def placed(self, gpt):
+        """A model on the device, in its arithmetic, compiled a block at a time where --compile asks for it."""
+        gpt = gpt.to(self.device)
         gpt.bf16 = self.bf16
+        if self.cfg.compile:
+            for block in gpt.h:
+                block.compile(dynamic=True)                          # rows of every length by one program
         return gpt
 
     def scorer(self, folder):
@@ -101,7 +146,7 @@ def sft(run):
     cfg, folder = run.cfg, run.folder / "sft"
     if begin(folder, run.settings("sft") | {"reviews": run.source}):
         return folder
-    reviews = run.reviews["train"].ids[:cfg.sft_reviews]
+    reviews = run.reviews["train"].pick(range(cfg.sft_reviews))
     if cfg.init:
         gpt = GPT.from_pretrained(cfg.init)
         for what, there, needed in (("positions (its block size)", gpt.config.block_size, run.block_size),
@@ -112,27 +157,49 @@ def sft(run):
     else:
         torch.manual_seed(0)
         gpt = GPT(GPTConfig(cfg.n_layer, cfg.n_head, cfg.n_embd, run.encoding.n_vocab, run.block_size))
-    gpt = gpt.to(run.device)
-    gpt.bf16 = run.bf16
+    gpt = run.placed(gpt)
 
     def loss_sum(index):
-        ids, mask = run.rows([reviews[i] for i in index])
-        return {"loss": -token_logprob(gpt, ids, mask).sum()}, int(mask.sum())
+        ids, mask = run.rows(reviews.pick(index.tolist()))
+        count = int(mask.sum())
+        padding = mask.new_tensor(ids.numel() - count - int(reviews.start[index.numpy()].sum()), dtype=torch.float)
+        return {"loss": -token_logprob(gpt, ids, mask).sum(), "padding": padding}, count    # padding: positions a counted token
 
-    length = torch.tensor([min(len(r), run.block_size) for r in reviews])
+    length = torch.tensor([min(len(r), run.block_size) for r in reviews.ids])
     fit(run, folder, gpt, cfg.sft_steps, cfg.sft_batch, cfg.sft_lr, length, loss_sum)
     total = count = 0
     with torch.no_grad():
         for index in torch.arange(min(1000, len(run.reviews["test"]))).split(50):
-            ids, mask = run.rows([run.reviews["test"].ids[i] for i in index])
+            ids, mask = run.rows(run.reviews["test"].pick(index.tolist()))
             total, count = total - float(token_logprob(gpt, ids, mask).sum()), count + int(mask.sum())
     write_json(folder / "report.json", {"test_perplexity": float(np.exp(total / count)), "test_nats_per_token": total / count})
     finish(folder, **{"model.safetensors": gpt.save_pretrained(folder, run.eos_id)})
     return folder
 
 
+def arithmetic(device, matmul):
+    """Sets how PyTorch multiplies float32 matrices; True where other products are to be in bfloat16, which the GPU must have."""
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    torch.set_float32_matmul_precision("high" if bf16 else matmul)   # beside bfloat16 the heads' are left: by TF32
+    return bf16
+
+
+def judge(run, folder=None):
+    """The reward that everything is evaluated by, (ids, mask) -> (N,): the oracle's, or for a user's file the reward model's.
+
+    folder: where it lies, made where it is not given.
+    """
+    folder = folder or oracle(run)
+    return reward_function(run, folder) if run.own else run.scorer(folder)
+
+
 def oracle(run):
-    """The oracle: a classifier of the reviews' labels from pi_sft's weights; its log-odds are the reward.  -> its folder"""
+    """The oracle: a classifier of the reviews' labels from pi_sft's weights; its log-odds are the reward.  -> its folder
+
+    There is none for a user's file: the reward model stands in its place.
+    """
+    if run.own:
+        return reward_model(run)
     cfg, folder, upstream = run.cfg, run.folder / "oracle", sft(run)
     if begin(folder, run.settings("oracle"), [upstream]):
         return folder
@@ -141,7 +208,7 @@ def oracle(run):
 
     def logits_and_labels(reviews, index):
         label = torch.tensor(reviews.label[index.numpy()], device=run.device).float()       # (b,)
-        return scorer(*run.rows([reviews.ids[i] for i in index])), label
+        return scorer(*run.rows(reviews.pick(index.tolist()))), label
 
     def loss_sum(index):
         logit, label = logits_and_labels(train, index)
@@ -176,12 +243,12 @@ class Table:
 
 
 def draw(run, folder, prompts, each, text=True):
-    """`each` responses of pi_sft to every prompt with their oracle reward.  -> {name: (P, each, ...)}, all on the CPU
+    """`each` responses of pi_sft to every prompt with the judge's reward.  -> {name: (P, each, ...)}, all on the CPU
 
     reward; with `text` also ids, mask, both padded to the block, and ref_logp by the function that training uses.
     """
     cfg, table = run.cfg, Table()
-    policy, score = run.policy(run.folder / "sft"), run.scorer(run.folder / "oracle")
+    policy, score = run.policy(run.folder / "sft"), judge(run)
     repeated = [p for p in prompts for _ in range(each)]
     chunks = [repeated[i:i + cfg.sample_batch] for i in range(0, len(repeated), cfg.sample_batch)]
 
@@ -191,16 +258,27 @@ def draw(run, folder, prompts, each, text=True):
 
     for step, _ in resumable(folder, {"table": table}, len(chunks), max(1, len(chunks) // 8), folder.name):
         new = respond(policy, chunks[step], cfg.new_tokens, cfg.temperature, run.eos_id, rng(folder.name, step), cfg.sample_batch,
-                      columns)
+                      columns, run.block_size)
         table.append(**(new | {"ids": new["ids"].int()} if text else {"reward": new["reward"]}))
     return {k: v.view(len(prompts), each, *v.shape[1:]) for k, v in table.columns.items()}
 
 
 def responses(run):
-    """Responses of pi_sft to the training prompts, their log pi_sft and oracle reward.  -> its folder"""
-    cfg, folder, upstream = run.cfg, run.folder / "responses", [sft(run), oracle(run)]
+    """Responses of pi_sft to the training prompts, their log pi_sft and oracle reward; or a user's own.  -> its folder"""
+    cfg, folder, upstream = run.cfg, run.folder / "responses", [sft(run), *([] if run.own else [oracle(run)])]
     if not begin(folder, run.settings("responses"), upstream):
-        table = draw(run, folder, run.prompts("train", cfg.prompts), cfg.responses)
+        table = preferences.table(run, "train") if run.own else draw(run, folder, run.prompts("train", cfg.prompts), cfg.responses)
+        finish(folder, **{"responses.safetensors": write_tensors(folder / "responses.safetensors", table)})
+    return folder
+
+
+def answers(run):
+    """A response of pi_sft to each training prompt, which XPO's own are compared with; a user's file has none.  -> its folder"""
+    if not run.own:
+        return responses(run)
+    folder, upstream = run.folder / "answers", [sft(run), oracle(run)]
+    if not begin(folder, run.settings("responses"), upstream):
+        table = draw(run, folder, run.prompts("train", run.cfg.prompts), 1)
         finish(folder, **{"responses.safetensors": write_tensors(folder / "responses.safetensors", table)})
     return folder
 
@@ -219,7 +297,7 @@ def reference(run):
     """pi_sft evaluated on the test prompts, as every checkpoint is: step 0 of every method.  -> its folder"""
     folder, upstream = run.folder / "reference", [sft(run), oracle(run)]
     if not begin(folder, run.settings("reference"), upstream):
-        policy, score = run.policy(upstream[0]), run.scorer(upstream[1])
+        policy, score = run.policy(upstream[0]), judge(run)
         found = measure(run, policy, policy, score, rng("reference"))
         found["data_ids"], found["data_mask"], found["data_reward"] = written(run, score)
         finish(folder, **{"samples.safetensors": write_tensors(folder / "samples.safetensors", found)})
@@ -229,7 +307,7 @@ def reference(run):
 @torch.no_grad()
 def written(run, score):
     """The test prompts' own continuations, as their authors wrote them.  -> ids, mask (P, T), reward (P,), on the CPU"""
-    ids, mask = run.rows(run.reviews["test"].ids[:run.cfg.eval_prompts])
+    ids, mask = run.rows(run.reviews["test"].pick(range(run.cfg.eval_prompts)))
     reward = torch.cat([score(*part) for part in zip(ids.split(64), mask.split(64))])
     return ids.int().cpu(), mask.cpu(), reward.cpu()
 
@@ -246,7 +324,7 @@ def reward_model(run):
     """A Bradley-Terry reward model from pi_sft's weights, on the pairs; it scores all responses.  -> its folder
 
     Pairs leave the reward's shift and scale free: it is shifted to mean 0 and scaled to the oracle's standard deviation within
-    prompts, both on the responses to *training* prompts.
+    prompts, both on the responses to *training* prompts.  For a user's file to that of its rewards; a file of pairs has none.
     """
     cfg, folder, upstream = run.cfg, run.folder / "reward_model", [sft(run), responses(run)]
     if begin(folder, run.settings("reward_model"), upstream):
@@ -255,26 +333,35 @@ def reward_model(run):
     winner = winners(run, table["reward"][:, :2], "train")
     scorer = ScalarGPT(run.policy(upstream[0]), run.eos_id).to(run.device)
 
-    def scores(index, columns):
+    def scores(table, index, columns):
         ids, mask = trim(*(table[k][index][:, columns].flatten(0, 1).to(run.device) for k in ("ids", "mask")))  # (b K, T)
         return scorer(ids.long(), mask).view(len(index), -1)                                # (b, K)
 
     def loss_sum(index):
-        score, win = scores(index, [0, 1]), winner[index].to(run.device)
+        score, win = scores(table, index, [0, 1]), winner[index].to(run.device)
         margin = (score[:, 0] - score[:, 1]) * (1 - 2 * win)                                # (b,) winner's minus loser's
         return {"loss": -F.logsigmoid(margin).sum(), "accuracy": (margin > 0).sum()}, len(index)
 
     length = table["mask"][:, :2].sum(2).amax(1)
     fit(run, folder, scorer, cfg.rm_steps, cfg.rm_batch, cfg.rm_lr, length, loss_sum)
-    with torch.no_grad():
-        parts = torch.arange(cfg.prompts).split(max(1, cfg.sample_batch // cfg.responses))
-        score = torch.cat([scores(index, range(cfg.responses)).cpu() for index in parts])
+
+    @torch.no_grad()
+    def all_scores(table):
+        P, K = table["reward"].shape
+        return torch.cat([scores(table, index, range(K)).cpu() for index in torch.arange(P).split(max(1, cfg.sample_batch // K))])
+
+    score = all_scores(table)                                                               # (P, K)
     shift, scale = float(score.mean()), float(within_prompt_sd(table["reward"]) / within_prompt_sd(score))
-    fresh = [table["reward"][:, 2] > table["reward"][:, 3], score[:, 2] > score[:, 3]]      # a pair that it was not trained on
-    centred = [x - x.mean(1, keepdim=True) for x in (score, table["reward"])]
-    write_json(folder / "report.json", {
-        "shift": shift, "scale": scale, "accuracy_on_fresh_pairs": float((fresh[0] == fresh[1]).float().mean()),
-        "within_prompt_r2": float(torch.corrcoef(torch.stack([x.flatten() for x in centred]))[0, 1] ** 2)})
+    if run.own:
+        held_out = all_scores(preferences.table(run, "test"))
+        report = {"accuracy_on_held_out_rows": float((held_out[:, 0] > held_out[:, 1]).float().mean())}
+        scale = scale if run.scored else 1.0
+    else:
+        fresh = [x[:, 2] > x[:, 3] for x in (table["reward"], score)]                       # a pair that it was not trained on
+        centred = [(x - x.mean(1, keepdim=True)).flatten() for x in (score, table["reward"])]
+        report = {"accuracy_on_fresh_pairs": float((fresh[0] == fresh[1]).float().mean()),
+                  "within_prompt_r2": float(torch.corrcoef(torch.stack(centred))[0, 1] ** 2)}
+    write_json(folder / "report.json", {"shift": shift, "scale": scale} | report)
     rewards = write_tensors(folder / "rewards.safetensors", {"reward": (score - shift) * scale})
     finish(folder, **{"model.safetensors": scorer.save_pretrained(folder), "rewards.safetensors": rewards})
     return folder
@@ -284,6 +371,11 @@ def reward_function(run, folder):
     """The reward model as a reward function (ids, mask) -> (N,), shifted and scaled as in training."""
     scorer, report = run.scorer(folder), read_json(folder / "report.json")
     return lambda ids, mask: (scorer(ids, mask) - report["shift"]) * report["scale"]
+
+
+def prompts_of(ids, mask):
+    """The prompts of rows (N, T), (N, T) -> N id lists."""
+    return [row[:start].tolist() for row, start in zip(ids, mask.int().argmax(1))]
 
 
 def within_prompt_sd(reward):

@@ -8,13 +8,16 @@ import argparse
 import math
 import shlex
 import sys
+import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
 import figures
 import parallel
 import ppo
+import preferences
 import stages
 import xpo
 from checkpoint import Log, Stopped, begin, catch_signals, finish, lock, resumable, rng
@@ -51,11 +54,16 @@ class Config:
     device: str = opt("auto", "where to compute", "", ["auto", "cpu", "cuda", "mps"])
     matmul: str = opt("highest", "PyTorch's float32 matmul precision: medium is twice as fast on some CPUs [ours]", "",
                       ["highest", "high", "medium"])
+    compile: bool = opt(False, "torch.compile the policy's blocks [ours]")
     micro_batch_size: int = opt(0, "rows at once in training, 0 for whole batches: memory, not results [ours]")
     sample_batch: int = opt(1024, "rows sampled at once [ours]", "responses limit")
     save_every: int = opt(100, "most steps between the saves that an interrupted stage goes on from [ours]")
     # reviews
-    data: str = opt("tiny", "tiny: reviews of a built-in grammar; imdb: real ones", "sft", ["tiny", "imdb"])
+    data: str = opt("tiny", "tiny: reviews of a built-in grammar; imdb: real ones; or your own preferences, a .jsonl file", "sft")
+    eval_data: str = opt("", "your held-out preferences; default: a share of --data", "sft")
+    held_out: float = opt(0.1, "that share, whole prompts [ours]", "sft")
+    tokenizer: str = opt("tiny", "tiny: the grammar's words, and bytes; gpt2: GPT-2's, the default for your own data", "sft",
+                         ["tiny", "gpt2"])
     imdb: list[str] = opt([], "IMDB archives or extracted folders; default: download once")
     sft_reviews: int = opt(60_000, "training reviews [official code: 25,000]", "sft")
     test_reviews: int = opt(4_000, "held-out reviews of the grammar [ours]", "sft")
@@ -113,8 +121,9 @@ class Config:
 GROUPS = ["run", "reviews", "model", "sft", "oracle", "responses", "reward model", "alignment", "evaluation"]
 FIRST = ["method", "data", "init", "sft_steps", "oracle_steps", "prompts", "rm_steps", "align_steps", "checkpoints"]
 
-IMDB = dict(data="imdb", prompt_tokens=10, new_tokens=502, temperature=0.8, labels="argmax", init="gpt2", sft_reviews=25_000,
-            sft_steps=977, sft_batch=128, sft_lr=1e-5, oracle_steps=488, oracle_batch=256, oracle_lr=1e-5,    # 5 epochs each
+IMDB = dict(data="imdb", tokenizer="gpt2", prompt_tokens=10, new_tokens=502, temperature=0.8, labels="argmax", init="gpt2",
+            sft_reviews=25_000, sft_steps=977, sft_batch=128, sft_lr=1e-5,                                   # 5 epochs
+            oracle_steps=488, oracle_batch=256, oracle_lr=1e-5,                                              # 5 epochs
             prompts=25_000, rm_steps=586, rm_batch=128, rm_lr=1e-5,                                          # 3 epochs
             align_steps=391, align_batch=64, align_lr=1e-6, beta_pi=0.1, beta_r=0.1, alpha=3e-4,              # one epoch
             ppo_steps=400, ppo_batch=128, ppo_lr=2e-6, ppo_critic_lr=1e-5, xpo_rounds=3, xpo_prompts=2048,
@@ -160,28 +169,39 @@ def parse(argv=None):
     plain = vars(Config())
     first = build(plain).parse_args([a for a in (sys.argv[1:] if argv is None else argv) if a not in ("-h", "--help")])
     cuda = torch.cuda.is_available() and first.device in ("auto", "cuda")
-    preset = first.preset if first.preset != "auto" else "imdb" if cuda and not first.smoke else "tiny"
+    preset = first.preset if first.preset != "auto" else "imdb" if (cuda or first.init) and not first.smoke else "tiny"
     limit = dict(limit_prompts=64, limit_responses=4096) if first.method == "all" and preset == "tiny" else {}
     smoke = SMOKE if first.smoke else {}
-    parser = build(plain | PRESETS[preset] | limit | smoke | {"run": f"runs/{preset}{'-smoke' * first.smoke}"})
+    own = dict(prompt_tokens=0, new_tokens=0, sft_steps=0, rm_steps=0, align_steps=0, tokenizer="gpt2", labels="argmax") \
+        if first.data not in ("tiny", "imdb") else {}                # 0: as the file needs, `preferences.settle`
+    real = dict(tokenizer="gpt2") if first.data == "imdb" else {}
+    name = preset + (f"-{Path(first.data).stem}" if own else "") + "-smoke" * first.smoke
+    parser = build(plain | PRESETS[preset] | limit | real | own | smoke | {"run": f"runs/{name}"})
     cfg = Config(**vars(parser.parse_args(argv)))
     cfg.preset = preset
     if problem := impossible(cfg):
         parser.error(problem)
-    why = "CUDA is there" if preset == "imdb" else "--smoke" if first.smoke else "no CUDA in use"
+    why = "--smoke" if first.smoke else "no CUDA in use" if preset == "tiny" else "CUDA is there" if cuda else "for --init"
     return cfg, "as asked" if first.preset != "auto" else why
 
 
 def impossible(cfg):
     """What is wrong with these values, or None."""
+    own = cfg.data not in ("tiny", "imdb")
+    if own and not cfg.data.endswith((".jsonl", ".json")):
+        return f"--data {cfg.data} is neither tiny, nor imdb, nor a .jsonl file"
+    if not 0 < cfg.held_out < 1:
+        return f"--held-out must lie in (0, 1), got {cfg.held_out}"
     for name in Config.__dataclass_fields__:
         value = getattr(cfg, name)
         if isinstance(value, int | float) and not isinstance(value, bool):
-            if not (0 <= value < math.inf and (value > 0 or name in ("micro_batch_size", "alpha", "ppo_warmup"))):
+            zero = ["micro_batch_size", "alpha", "ppo_warmup"]
+            zero += ["prompt_tokens", "new_tokens", "sft_steps", "rm_steps", "align_steps"] * own
+            if not (0 <= value < math.inf and (value > 0 or name in zero)):
                 return f"--{name.replace('_', '-')} must be positive and finite, got {value}"
     if not 0 < cfg.eps < 0.5:
         return f"--eps must lie in (0, 0.5), got {cfg.eps}"
-    if not all(2 <= k <= cfg.responses for k in cfg.num_candidates):
+    if not all(2 <= k <= cfg.responses or own for k in cfg.num_candidates):
         return f"--num-candidates must lie between 2 and --responses {cfg.responses}, got {cfg.num_candidates}"
     if cfg.responses < 4:
         return f"--responses must be at least 4 (two pairs: to train on, and to check the reward model), got {cfg.responses}"
@@ -194,7 +214,7 @@ def impossible(cfg):
     at_most["dpo"] = at_most["exo"]
     asked = at_most if cfg.method == "all" else ("every", cfg.method)
     for small, large in (pair for method in asked for pair in at_most[method]):
-        if getattr(cfg, small) > getattr(cfg, large):
+        if getattr(cfg, small) > getattr(cfg, large) and not own:    # a user's file bounds them
             return f"--{small.replace('_', '-')} must be at most --{large.replace('_', '-')} {getattr(cfg, large)}"
 
 
@@ -204,11 +224,8 @@ def pick_device(cfg, why):
     name = next(d for d in ("cuda", "mps", "cpu") if there[d]) if cfg.device == "auto" else cfg.device
     if not there[name]:
         raise UserError(f"--device {name}: PyTorch finds no such device here, use --device auto")
-    torch.set_float32_matmul_precision(cfg.matmul)
-    bf16 = name == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    if bf16:                                                         # the float32 products that are left, the heads', by TF32
-        torch.set_float32_matmul_precision("high")
     device = parallel.start(torch.device(name))
+    bf16 = stages.arithmetic(device, cfg.matmul)
     kind = "bfloat16 products, float32 weights" if bf16 else f"float32, {cfg.matmul} precision"
     print(f"preset {cfg.preset} ({why}; --preset tiny, imdb-small, imdb or imdb-large to choose) · {name} "
           f"{torch.cuda.get_device_name() if name == 'cuda' else f'{torch.get_num_threads()} threads'} · "
@@ -222,7 +239,7 @@ def pick_device(cfg, why):
 def candidates(run, feedback, K):
     """What EXO and DPO train on: ids, mask (P, K, T), ref_logp, reward (P, K).  Pairs: column 0 is the chosen response."""
     table = read_tensors(stages.responses(run) / "responses.safetensors")[0]
-    if feedback == "reward":
+    if feedback == "reward" and not run.scored:
         table["reward"] = read_tensors(stages.reward_model(run) / "rewards.safetensors")[0]["reward"]
         order = torch.arange(K).expand(run.cfg.prompts, K)
     else:
@@ -252,7 +269,8 @@ def offline(run, policy, optimizer, method, feedback, K, seed):
         else:
             loss = (exo_loss if method == "exo" else dpo_reward_loss)(logp, ref, r, cfg.beta_r, cfg.beta_pi)
             best, worst = r.argmax(1), r.argmin(1)
-        return {"loss": loss * len(index)} | implicit_rewards(cfg.beta_pi * (logp - ref).detach(), best, worst), len(index)
+        stats = implicit_rewards(cfg.beta_pi * (logp - ref).detach(), best, worst)
+        return {"loss": loss * len(index), **stats, "tokens": m.sum()}, len(index)
 
     def step(step, share):
         index = batch_at(step, cfg.align_batch, torch.zeros(len(ids)), "align", seed, window=1)
@@ -275,12 +293,13 @@ def proximal(run, policy, ref, optimizer, seed):
     critic = run.scorer(trained)
     critic.score.weight.data *= read_json(trained / "report.json")["scale"]
     critic_optimizer = adamw(critic, cfg.ppo_critic_lr, eps=1e-5)
-    prompts = read_tensors(stages.responses(run) / "responses.safetensors")[0]["ids"][:, 0, :cfg.prompt_tokens].long()
+    prompts = run.prompts("train", cfg.prompts)
     reward, order = stages.reward_function(run, trained), torch.zeros(len(prompts))         # a prompt is as long as another
 
     def step(step, share):
         return ppo.iteration(
-            policy, ref, critic, optimizer, critic_optimizer, reward, prompts[batch_at(step, cfg.ppo_batch, order, "ppo", seed)],
+            policy, ref, critic, optimizer, critic_optimizer, reward,
+            [prompts[i] for i in batch_at(step, cfg.ppo_batch, order, "ppo", seed)],
             policy_lr=cfg.ppo_lr * share, critic_lr=cfg.ppo_critic_lr * share, beta=cfg.beta_pi * cfg.beta_r,
             max_new_tokens=cfg.new_tokens, temperature=cfg.temperature, eos_id=run.eos_id, generator=rng("ppo", seed, step),
             epochs=cfg.ppo_epochs, minibatches=cfg.ppo_minibatches, critic_only=step < cfg.ppo_warmup,
@@ -292,7 +311,7 @@ def proximal(run, policy, ref, optimizer, seed):
 def online(run, policy, ref, score, optimizer, seed):
     """XPO, and online DPO at --alpha 0: rounds of fresh pairs labelled by the oracle, then passes over all pairs so far."""
     cfg, replay = run.cfg, xpo.Replay()
-    table = read_tensors(stages.responses(run) / "responses.safetensors")[0]
+    table = read_tensors(stages.answers(run) / "responses.safetensors")[0]
     floor = -float(table["reward"].max() - table["reward"].min()) / cfg.beta_pi              # -R_max / beta
     order = torch.randperm(cfg.prompts, generator=rng("xpo prompts", seed))
     schedule = xpo.rounds(cfg.xpo_rounds, cfg.xpo_prompts, cfg.xpo_epochs, cfg.align_batch)
@@ -301,7 +320,7 @@ def online(run, policy, ref, score, optimizer, seed):
         index = order[torch.arange(t * cfg.xpo_prompts, (t + 1) * cfg.xpo_prompts) % cfg.prompts]
         sampled = {name: column[index, 0] for name, column in table.items()}
         xpo.play(policy, ref, score, lambda reward: stages.winners(run, reward, "xpo", seed, t),
-                 sampled["ids"][:, :cfg.prompt_tokens].long(), sampled, replay, cfg.new_tokens, cfg.temperature, run.eos_id,
+                 stages.prompts_of(sampled["ids"], sampled["mask"]), sampled, replay, cfg.new_tokens, cfg.temperature, run.eos_id,
                  rng("xpo", seed, t), cfg.sample_batch)
 
     def loss_sum(index):
@@ -312,7 +331,7 @@ def online(run, policy, ref, score, optimizer, seed):
         h = (logp - pairs["ref_logp"]).detach()                                             # (b, 2)
         loss = xpo.xpo_loss(logp, pairs["ref_logp"], explore, cfg.beta_pi, cfg.alpha)
         stats = implicit_rewards(cfg.beta_pi * h, torch.zeros_like(index), torch.ones_like(index))
-        return {"loss": loss * len(index), **stats, "explore_logp": explore.detach().sum(),
+        return {"loss": loss * len(index), **stats, "tokens": m.sum(), "explore_logp": explore.detach().sum(),
                 "explore_log_ratio": h.gather(1, pairs["explore"][:, None]).sum()}, len(index)
 
     def step(step, share):
@@ -344,7 +363,7 @@ def align(run, method, feedback, K, seed):
     upstream = [sft, oracle, stages.responses(run)] + ([stages.reward_model(run)] if feedback == "reward" else [])
     if begin(folder, run.settings("align") | run.settings(kind) | {"method": method, "seed": seed}, upstream):
         return folder
-    policy, ref, score = run.policy(sft), run.policy(sft), run.scorer(oracle)
+    policy, ref, score = run.policy(sft), run.policy(sft), stages.judge(run)
     optimizer = adamw(policy, cfg.align_lr, eps=1e-5 if method == "ppo" else 1e-8)
     if method == "ppo":
         steps, take, extra = proximal(run, policy, ref, optimizer, seed)
@@ -356,10 +375,14 @@ def align(run, method, feedback, K, seed):
     state = {"policy": policy, "optimizer": optimizer, "metrics": log, "eval": evaluations, **extra}
     evaluated = [round(steps * (i + 1) / cfg.checkpoints) for i in range(cfg.checkpoints)]
     start = read_tensors(stages.reference(run) / "samples.safetensors")[0]
+    tokens = seconds = 0.0                                           # trained on since the last line
     for step, bar in resumable(folder, state, steps, min(cfg.save_every, max(1, steps // 10)), folder.name):
         if step == 0:
             evaluations.write(step=0, **summary(start, run.eos_id))
+        began = time.perf_counter()
         stats = take(step, cosine(step, steps))
+        seconds += time.perf_counter() - began
+        tokens += stats["length"] * cfg.ppo_batch if method == "ppo" else stats.get("tokens", 0) * cfg.align_batch
         log.write(step=step + 1, **stats)
         if step + 1 in evaluated:
             found = measure(run, policy, ref, score, rng("evaluate", seed, step + 1))
@@ -367,7 +390,11 @@ def align(run, method, feedback, K, seed):
             evaluations.write(step=step + 1, **row)
             policy.save_pretrained(folder / f"step-{step + 1:05d}", run.eos_id)
             write_tensors(folder / f"step-{step + 1:05d}" / "samples.safetensors", found)
-            bar.write(f"step {step + 1}: reward {row['reward']:.2f} at KL {row['kl']:.2f} nats, length {row['length']:.0f}")
+            learned = "".join(f", {k.split('_')[-1]} {stats[k]:.3f}" for k in ("rewards_margin", "rewards_accuracy") if k in stats)
+            bar.write(f"step {step + 1}: loss {stats['loss']:.3f}{learned}, reward {row['reward']:.2f} at KL {row['kl']:.2f} nats, "
+                      f"length {row['length']:.0f}, {tokens / seconds:,.0f} tokens/s")
+            tokens = seconds = 0.0
+            figures.progress(run)
         if step + 1 == 50 and parallel.rank() == 0 and stuck([row["loss"] for row in read_csv(folder / "metrics.csv")]):
             print(f"\n{folder.name}, step 50: warning: the loss has stood at {stats['loss']:.4g} for 50 steps: nothing is learned; "
                   "look at the learning rate, and whether all responses of a prompt are the same", file=sys.stderr)
@@ -396,6 +423,8 @@ def main(argv=None):
         parallel.agreed(0)                                           # no one goes on before process 0 has it
         catch_signals()
         run = Run(cfg, device, bf16)
+        if run.own:
+            preferences.settle(run)
         write_json(run.folder / "config.json", vars(cfg))
         for seed in cfg.seeds:
             for method, feedback, K in plan(cfg):

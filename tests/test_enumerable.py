@@ -152,7 +152,7 @@ class Small(stages.Run):
         """n prompts of each kind, `each` responses to a prompt."""
         usual = dict(prompts=n * len(PROMPTS), responses=each, prompt_tokens=1, new_tokens=NEW)
         self.cfg, self.folder, self.device = train.Config(**usual | settings), folder, torch.device("cpu")
-        self.bf16, self.eos_id, self.block_size = False, EOS, 1 + NEW
+        self.bf16, self.eos_id, self.own = False, EOS, False
         ids, mask = draws(policy(), n * each)
         with torch.no_grad():
             table = {"ids": ids.int(), "mask": mask, "ref_logp": sequence_logprob(policy(), ids, mask),

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import figures
 import sample
 from checkpoint import rng
 from model import generate
@@ -75,7 +76,7 @@ def test_each_prompt_and_sample_has_a_line_of_each_policy(finished, show):
 
 
 def test_rewards_are_the_oracles_and_ratios_those_of_the_policies_that_wrote_the_text(finished, show):
-    shown, run = table(show(finished, "--prompt", PROMPT)), sample.open_run(finished)
+    shown, run = table(show(finished, "--prompt", PROMPT)), figures.open_run(finished)
     prompt, sft, score = run.encoding.encode_ordinary(PROMPT), run.policy(finished / "sft"), run.scorer(finished / "oracle")
     for name, folder in sample.policies(finished, []).items():
         policy = run.policy(folder)
@@ -121,7 +122,7 @@ def test_a_method_is_the_start_of_an_alignments_name(finished, tmp_path):
 
 def test_without_an_oracle_the_reward_model_scores_and_is_named(finished, tmp_path, show):
     folder = copy(finished, tmp_path, "oracle")
-    text, run = show(folder, "--prompt", PROMPT, "--method", "dpo"), sample.open_run(folder)
+    text, run = show(folder, "--prompt", PROMPT, "--method", "dpo"), figures.open_run(folder)
     assert "(reward: reward model;" in text and "(reward: oracle;" in show(finished, "--prompt", PROMPT)
     prompt = run.encoding.encode_ordinary(PROMPT)
     ids, mask = generate(run.policy(folder / "sft"), [prompt] * 2, 66, 1.0, run.eos_id, rng(0, "sample", prompt))
@@ -151,7 +152,7 @@ def test_a_terminal_without_unicode_gets_question_marks(finished):
 
 
 def test_a_text_is_one_line_without_control_characters_and_its_cut_shows(finished):
-    run = sample.open_run(finished)
+    run = figures.open_run(finished)
     written = run.encoding.encode_ordinary(" It\r\n was \x1b[2J\x07dull \u2028.")
     assert sample.one_line(run, [*written, run.eos_id]) == "It was \N{REPLACEMENT CHARACTER}[2J\N{REPLACEMENT CHARACTER}dull ."
     assert sample.one_line(run, written[:2]) == "It …" and sample.one_line(run, [run.eos_id]) == ""
@@ -160,7 +161,7 @@ def test_a_text_is_one_line_without_control_characters_and_its_cut_shows(finishe
 @pytest.mark.parametrize("words, arguments, room", [
     (1, [], 66), (6, [], 66), (20, [], 52), (71, [], 1), (68, ["--new-tokens", 4], 4)])
 def test_a_prompt_has_any_length_that_the_context_leaves_room_after(finished, show, words, arguments, room):
-    prompt, run = "film" + " film" * (words - 1), sample.open_run(finished)
+    prompt, run = "film" + " film" * (words - 1), figures.open_run(finished)
     assert table(show(finished, "--prompt", prompt, "--n", 1, *arguments))["pi_sft"]
     assert sample.encode(run, prompt, 72, arguments[1] if arguments else None)[1] == room
 
@@ -213,7 +214,7 @@ def test_the_temperature_is_the_runs(finished, tmp_path, show):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"temperature": 1e-3}))
     text = table(show(folder, "--prompt", PROMPT))["pi_sft"]
-    run = sample.open_run(folder)
+    run = figures.open_run(folder)
     policy, row = run.policy(folder / "sft"), run.encoding.encode_ordinary(PROMPT)
     first = int(policy(torch.tensor([row]))[0, -1].argmax())
     assert text[0] == text[1] and text[0][2].startswith(run.encoding.decode([first]).strip())

@@ -129,7 +129,7 @@ def test_help_is_grouped_and_names_each_defaults_origin(capsys):
     assert stopped.value.code == 0 and "alignment:" in text and "(default: 1e-06)" in text
     for name, field in train.Config.__dataclass_fields__.items():
         assert "--" + name.replace("_", "-") in text
-        if field.metadata["stages"] and not field.metadata["choices"] and name != "init":
+        if field.metadata["stages"] and not field.metadata["choices"] and name not in ("init", "eval_data"):
             assert "[" in field.metadata["help"] or "tiny" in field.metadata["help"], name
 
 
@@ -183,3 +183,11 @@ def test_real_reviews_from_archive_to_frontier(real_data, tmp_path):
                "--run", tmp_path / "r", EXO_CACHE=str(tmp_path / "cache"))
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "r" / "frontier.png").exists()
+
+
+@pytest.mark.slow
+def test_a_compiled_run_learns_what_an_eager_one_does(smoke, tmp_path):
+    done = run("--smoke", "--method", "exo", "--preset", "tiny", "--compile", "--run", tmp_path)
+    assert done.returncode == 0, done.stderr
+    ours, theirs = (read_csv(folder / "exo-preferences-s0" / "metrics.csv") for folder in (tmp_path, smoke[0]))
+    assert [row["loss"] for row in ours] == pytest.approx([row["loss"] for row in theirs], rel=1e-3)

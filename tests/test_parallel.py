@@ -24,21 +24,22 @@ B, K, T, V = 7, 4, 12, 11                                            # 7 prompts
 REPOSITORY = Path(parallel.__file__).parent
 
 
-def run_in_processes(function, processes, folder):
-    """function(rank) in each of so many processes.  -> what each returned"""
+def run_in_processes(functions, processes, folder):
+    """Each function(rank) in so many processes.  -> {its name: what each process returned}"""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    multiprocessing.spawn(one_process, (function, processes, port, folder), nprocs=processes)
-    return [torch.load(folder / f"{function.__name__}-{r}.pt", weights_only=False) for r in range(processes)]
+    multiprocessing.spawn(one_process, (functions, processes, port, folder), nprocs=processes)
+    found = [torch.load(folder / f"{r}.pt", weights_only=False) for r in range(processes)]
+    return {function.__name__: [one[function.__name__] for one in found] for function in functions}
 
 
-def one_process(rank, function, processes, port, folder):
+def one_process(rank, functions, processes, port, folder):
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes), "RANK": str(rank),
                    "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)
     parallel.start(torch.device("cpu"))
-    torch.save(function(rank), folder / f"{function.__name__}-{rank}.pt")
+    torch.save({function.__name__: function(rank) for function in functions}, folder / f"{rank}.pt")
     parallel.stop()
 
 
@@ -62,18 +63,18 @@ def ten_steps(rank):
     return torch.stack(grads), torch.cat([p.detach().flatten() for p in gpt.parameters()]), logs
 
 
-def test_two_processes_take_the_steps_of_one(tmp_path):
+def test_two_processes_take_the_steps_of_one(two):
     grads, weights, logs = ten_steps(0)
-    for other_grads, other_weights, other_logs in run_in_processes(ten_steps, 2, tmp_path):
+    for other_grads, other_weights, other_logs in two["ten_steps"]:
         assert ((other_grads - grads).norm(dim=1) <= 1e-5 * grads.norm(dim=1)).all()
         assert (other_weights - weights).abs().max() <= 1e-4
         for ours, theirs in zip(logs, other_logs):
             assert ours == pytest.approx(theirs, rel=1e-4)
 
 
-def test_the_processes_hold_the_same_bits(tmp_path):
-    (_, first, _), (_, second, _), (_, third, _) = run_in_processes(ten_steps, 3, tmp_path)
-    assert torch.equal(first, second) and torch.equal(first, third)
+def test_the_processes_hold_the_same_bits(two):
+    (_, first, _), (_, second, _) = two["ten_steps"]
+    assert torch.equal(first, second)
 
 
 def proximal(rank):
@@ -86,9 +87,9 @@ def proximal(rank):
     return ids, torch.cat([p.detach().flatten() for p in pi.parameters()]), logs
 
 
-def test_two_processes_do_ppos_iterations_as_one(tmp_path):
+def test_two_processes_do_ppos_iterations_as_one(two):
     ids, weights, logs = proximal(0)                                 # advantages whitened over all rows, not over a process's own
-    for other_ids, other_weights, other_logs in run_in_processes(proximal, 2, tmp_path):
+    for other_ids, other_weights, other_logs in two["proximal"]:
         assert torch.equal(other_ids, ids) and (other_weights - weights).abs().max() <= 1e-4
         for ours, theirs in zip(logs, other_logs):
             assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
@@ -103,12 +104,17 @@ def answers(rank):
         "logp": sequence_logprob(gpt, ids, mask), "first": ids[:, 0]})
 
 
-@pytest.mark.parametrize("processes", [2, 4])                        # 4: the second chunk has fewer rows than there are processes
-def test_responses_come_back_in_the_order_of_their_prompts(tmp_path, processes):
+def test_responses_come_back_in_the_order_of_their_prompts(two):
     one = answers(0)
     assert one["first"].tolist() == [1, 3, 4, 2, 1, 5, 3, 2]
-    for found in run_in_processes(answers, processes, tmp_path):
+    for found in two["answers"]:
         torch.testing.assert_close(found, one, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_chunk_of_fewer_rows_than_processes_is_not_split(tmp_path):
+    for found in run_in_processes([answers], 4, tmp_path)["answers"]:
+        torch.testing.assert_close(found, answers(0), atol=1e-5, rtol=1e-5)
 
 
 @parallel.on_first
@@ -128,8 +134,14 @@ def alone(rank):
     return judged(f"of {rank}"), parallel.agreed(15 * rank), told
 
 
-def test_the_first_process_decides_for_all(tmp_path):
-    for answer, number, told in run_in_processes(alone, 2, tmp_path):
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """What two processes return from every function above."""
+    return run_in_processes([ten_steps, proximal, answers, alone], 2, tmp_path_factory.mktemp("two"))
+
+
+def test_the_first_process_decides_for_all(two):
+    for answer, number, told in two["alone"]:
         assert answer == ("of 0", "0") and number == 15
         assert told == ["bad", "exo, step 1: a batch of 1 cannot be split among 2 processes: start fewer of them"]
 

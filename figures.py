@@ -270,7 +270,8 @@ def open_run(folder):
     config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
     if "new_tokens" not in config:                                   # a model's folder has a config.json too
         raise UserError(f"{folder} is not a run folder: name one that train.py has made")
-    cfg = SimpleNamespace(**config | {"run": str(folder)})
+    older = {"tokenizer": "tiny" if config["data"] == "tiny" else "gpt2", "compile": False}        # before these settings were
+    cfg = SimpleNamespace(**older | config | {"run": str(folder)})
     device = torch.device("cuda" if torch.cuda.is_available() and cfg.device in ("auto", "cuda") else "cpu")
     return stages.Run(cfg, device, stages.arithmetic(device, cfg.matmul))
 

@@ -24,7 +24,7 @@ RELEASED = {"gpt2": (12, 12, 768, 548_118_077, "7c5d3f4b8b76583b422fcb9189ad6c89
             "gpt2-xl": (48, 25, 1600, 6_431_878_936, None)}
 RELEASED_URL = "https://huggingface.co/openai-community/{name}/resolve/main/pytorch_model.bin"
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")   # OpenAI stores (in, out)
-CHUNK, CUDA_CHUNK = 2 ** 21, 2 ** 27                                 # logits alive at once in the head: 8 MiB, 512 MiB on a GPU
+CHUNK, CUDA_CHUNK = 2 ** 22, 2 ** 27                                 # logits alive at once in the head: 16 MiB, 512 MiB on a GPU
 
 
 @dataclass
@@ -200,40 +200,41 @@ def token_logprob(model, ids, mask, temperature=1.0):
     if mask[:, 0].any():
         raise ValueError("mask[:, 0] must be False: nothing comes before the first token, so it has no log-prob")
     hidden = model.hidden(ids[:, :-1])[mask[:, 1:]]                                         # (N, T-1, C) -> (M, C)
-    logp = HeadLogprob.apply(hidden.float(), model.wte.weight, ids[mask], temperature, rows_at_once(model))     # (M,)
+    logp = HeadLogprob.apply(hidden.float() / temperature, model.wte.weight, ids[mask], rows_at_once(model))    # (M,)
     return torch.zeros(mask.shape, device=ids.device).masked_scatter(mask, logp)            # (M,) -> (N, T)
 
 
 class HeadLogprob(torch.autograd.Function):
-    """log softmax(h W^T / temperature) at the target, for M rows, `rows` of them at a time; float32.
+    """log softmax(h W^T)[y] of M rows, `rows` of them at a time, in float32.  h (M, C), W (V, C), target y (M,) -> (M,)
 
-    hidden h (M, C), weight W (V, C), target (M,) -> (M,).  Backward makes a chunk's logits again, from which the probabilities p
-    follow by the log-sum-exp that forward kept:  d log p_y / d logits = onehot(y) - p.  Written out, because autograd's way
-    (torch.utils.checkpoint) takes 2 to 3 times the memory of a step on a CPU at V = 50257: a (V, C) gradient for every chunk.
+    Backward makes a chunk's logits again; with the log-sum-exp that forward kept they give the probabilities p, and then
+
+        d/dh = W_y - p W,        d/dW = (onehot(y) - p)^T h,        times each row's incoming gradient g.
+
+    Written out because autograd's way (torch.utils.checkpoint) takes 2 to 3 times the memory of a step on a CPU at V = 50257: a
+    (V, C) gradient for every chunk.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, target, temperature, rows):
+    def forward(ctx, hidden, weight, target, rows):
         found = []
         for h, y in zip(hidden.split(rows), target.split(rows)):
-            logits = F.linear(h, weight).div_(temperature)                                  # (m, V)
+            logits = F.linear(h, weight)                                                    # (m, V)
             found.append(torch.stack([logits.gather(1, y[:, None]).squeeze(1), logits.logsumexp(1)]))       # (2, m)
         logit, log_z = torch.cat(found, dim=1)                                              # (M,), (M,)
         ctx.save_for_backward(hidden, weight, target, log_z)
-        ctx.temperature, ctx.rows = temperature, rows
+        ctx.rows = rows
         return logit - log_z
 
     @staticmethod
     def backward(ctx, grad):
         hidden, weight, target, log_z = ctx.saved_tensors
-        grad = grad / ctx.temperature                                                       # (M,)
         grad_hidden, grad_weight = [], torch.zeros_like(weight)
-        for h, y, z, g in zip(*(x.split(ctx.rows) for x in (hidden, target, log_z, grad))):
-            p = F.linear(h, weight).div_(ctx.temperature).sub_(z[:, None]).exp_()           # (m, V)
-            d = p.mul_(-g[:, None]).scatter_add_(1, y[:, None], g[:, None])                 # (m, V)  g (onehot(y) - p)
-            grad_hidden.append(d @ weight)                                                  # (m, C)
-            grad_weight.addmm_(d.T, h)                                                      # (V, C)
-        return torch.cat(grad_hidden), grad_weight, None, None, None
+        for h, y, z, g in zip(*(x.split(ctx.rows) for x in (hidden, target, log_z[:, None], grad[:, None]))):
+            p = F.linear(h, weight).sub_(z).exp_()                                          # (m, V)
+            grad_hidden.append(g * (weight[y] - p @ weight))                                # (m, C)
+            grad_weight.addmm_(p.T, g * h, alpha=-1).index_add_(0, y, g * h)                # (V, C)
+        return torch.cat(grad_hidden), grad_weight, None, None
 
 
 def sequence_logprob(model, ids, mask, temperature=1.0):

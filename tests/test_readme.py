@@ -43,9 +43,9 @@ def test_every_test_that_it_names_is_there(name):
 
 
 def test_every_flag_that_it_names_is_there():
-    parsers = "".join((ROOT / f).read_text(encoding="utf-8") for f in ("sample.py", "bench.py") if (ROOT / f).exists())
+    parsers = "".join((ROOT / f).read_text(encoding="utf-8") for f in ("sample.py", "bench.py"))
     known = {"--" + name.replace("_", "-") for name in importlib.import_module("train").Config.__dataclass_fields__}
-    for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - {"--help"}:
+    for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", README)) - {"--help", "--nproc_per_node"}:
         assert flag in known or f'"{flag}"' in parsers, flag
 
 

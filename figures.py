@@ -7,7 +7,6 @@ Each has a csv beside it; table.csv holds the last checkpoints, the share of the
 import argparse
 import csv
 import sys
-import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -186,8 +185,7 @@ def density(run, found, M=2048, beta=None):
     drawn = {name: drawn[name].double().numpy() for name in ("optimum", *policies)}         # (M,) each
     s = drawn.pop("sft")                                             # log pi_sft
     exponents = {name: x if name == "optimum" else x - s for name, x in drawn.items()}
-    title = textwrap.shorten(run.encoding.decode(prompt).replace("$", r"\$"), 30, placeholder=" …")
-    figure, axes = canvas(f"{run.folder.name}: density ratio to $\\pi_{{sft}}$, prompt “{title}”",
+    figure, axes = canvas(f"{run.folder.name}: density ratio to $\\pi_{{sft}}$, the first prompt of samples.md",
                           "$\\log \\pi_{sft}$ of a response, nats", "$\\pi / \\pi_{sft}$ (kernel estimate)")
     grid, lines = np.linspace(*np.percentile(s, [2, 98]), 100), []
     for name, exponent in exponents.items():

@@ -82,6 +82,15 @@ def test_the_reward_rises_by_one_and_a_half_log_odds_within_four_nats(tiny, meth
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_the_published_reward_is_met_within_its_spread(tiny, method):
+    name = method.rsplit("-s", 1)[0]
+    published = [read_csv(path)[-1] for path in sorted((ROOT / "results" / "tiny").glob(f"eval-{name}-s?.csv"))]
+    rewards = [row["reward"] for row in published]
+    width = max(rewards) - min(rewards) + 4 * published[0]["reward_se"]                     # of seeds, and of the test prompts
+    assert len(rewards) == 3 and abs(ends(tiny, method)[1]["reward"] - sum(rewards) / 3) <= width
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_responses_stay_as_varied_and_end_as_often_as_those_of_pi_sft(tiny, method):
     first, last = ends(tiny, method)
     assert last["distinct2"] >= 0.7 * first["distinct2"]

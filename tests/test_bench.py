@@ -16,6 +16,7 @@ import torch
 import bench
 from exo import exo_pref_loss
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 TOY = bench.Case(n_layer=2, n_head=2, n_embd=16, V=31, device="cpu", prompts=3, K=2, start=4, T=12, product=32)
 TINY = bench.Case(n_layer=4, n_head=4, n_embd=128, V=50257, device="cpu")

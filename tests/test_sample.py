@@ -16,6 +16,7 @@ from checkpoint import rng
 from model import generate
 from stages import reward_function
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 PROMPT = "Last night I watched this film"
 EXO, DPO = "exo-reward-k4-s0", "dpo-preferences-s0"

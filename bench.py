@@ -8,7 +8,7 @@ Each entrant of a table is a process of its own, so that its peak memory is its 
 not count, and then turns with the others, one step each (ABAB...): no two ever compute at once.  Seconds are medians of turns.
 On a CPU they are the process's CPU seconds on one thread, which hold on a busy machine, and memory is what is resident; everyone
 gets both float32 settings, "highest" and "medium" (torch.set_float32_matmul_precision), and is shown at its best, with the peak
-over both.  On CUDA they are wall seconds in bfloat16, and memory is what tensors take.
+over both.  On CUDA they are wall seconds in bfloat16, and memory is what tensors take.  "built" is the peak before the first step.
 
 MFU: the FLOPs that a step must have (no reference pass, no recomputation, no prompt tokens in the head) in its seconds, over
 those of a large matrix product that takes turns with it.  Models are random, rows have full length; reference log-probs that
@@ -256,7 +256,7 @@ def interleave(entrants, settings, rounds=5, context=None):
 
     `rounds` turns each in every setting; it stays at two for an entrant whose turns have taken 30 seconds together.
     """
-    context, pipes, found = context or multiprocessing.get_context("spawn"), {}, {}
+    context, processes, pipes, found = context or multiprocessing.get_context("spawn"), [], {}, {}
 
     def turn(name, setting=None):
         try:
@@ -275,7 +275,8 @@ def interleave(entrants, settings, rounds=5, context=None):
             found[name] = "not installed"
             continue
         pipes[name], far_end = context.Pipe()
-        context.Process(target=entrant, args=(work, case, far_end)).start()
+        processes.append(context.Process(target=entrant, args=(work, case, far_end)))
+        processes[-1].start()
         far_end.close()
         built = turn(name)
         warm = turn(name, settings[0]) if name in pipes else None    # it does not count
@@ -289,6 +290,8 @@ def interleave(entrants, settings, rounds=5, context=None):
                 found[name] = *found[name][:2], answer[1]
     for pipe in pipes.values():
         pipe.send(None)
+    for process in processes:
+        process.join()
     return found
 
 
@@ -336,7 +339,7 @@ def draw(rows, path):
     figure, panels = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
     labels = {"K": "K, responses a prompt", "tokens": "tokens a sequence", "parameters": "parameters without embeddings"}
     for axes, (axis, label) in zip(panels, labels.items()):
-        points = [row for row in rows if row["size"] == axis]
+        points = [row for row in rows if row["size"] == axis and "seconds" in row]
         x = [row[axis] for row in points]
         for name, style, unit in ((OURS, "o-", "seconds"), ("its FLOPs", "--", "flops")):
             scale = 1e3 * points[0]["seconds"] / points[0][unit]
@@ -347,7 +350,7 @@ def draw(rows, path):
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.minorticks_off()
-        axes.set_ylim(axes.get_ylim()[0] / 1.5, axes.get_ylim()[1] * 1.5)
+        axes.set_ylim(axes.get_ylim()[0] / 2.5, axes.get_ylim()[1] * 2.5)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].legend(frameon=False)
     figure.savefig(path, dpi=160)

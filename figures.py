@@ -166,9 +166,10 @@ def curves(folder, found, judge):
 
 
 @torch.no_grad()
-def density(run, found, M=2048, beta=None):
+def density(run, found, beta=None):
     """Weights of M responses of pi_sft to one test prompt under each final policy (h = log pi - log pi_sft) and under pi*_beta."""
     cfg, policy = run.cfg, run.policy(run.folder / "sft")
+    M = min(2048, 2 * cfg.limit_responses)
     beta = beta or max(cfg.beta_pi * cfg.beta_r, 0.5)                # ours: at a smaller one a few responses carry all weight
     path = run.folder / "reference" / "samples.safetensors"
     first = read_tensors(path)[0]

@@ -195,6 +195,7 @@ def test_exo_and_dpo_from_rewards_reach_the_optimum(method, K, exact, tmp_path, 
     assert share >= 0.95 and abs(kl - 1) <= 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alpha", [0.0, 0.003])
 def test_xpo_and_online_dpo_come_near_the_optimum(alpha, exact, tmp_path, monkeypatch):
     """Within 10% of J* - J(pi_sft), from 12,000 Bradley-Terry labels and nothing else."""

@@ -306,6 +306,7 @@ def test_the_split_depends_on_the_seed_and_not_on_the_order_of_the_rows():
     assert prompts(split(given, 0.3, seed=1)[1]) != held
 
 
+@pytest.mark.slow
 def test_the_split_is_the_same_in_another_process():
     code = "from preferences import *; print([r.line for r in split([Row([i], [], None, i) for i in range(50)], .2)[1]])"
     outputs = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT,

@@ -240,6 +240,7 @@ def take_turns(pipe, device):
 
 
 def entrant(work, case, pipe):
+    """The life of an entrant's process: builds, takes its turns as the pipe asks, and tells by it what went wrong, if anything."""
     try:
         if case.device == "cpu":
             torch.set_num_threads(1)

@@ -29,6 +29,9 @@ IMDB_MEMBER = re.compile(r"(?:.*/)?(train|test)/(pos|neg|unsup)/[^/]+\.txt")
 IMDB_LABEL = {"pos": 1, "neg": 0, "unsup": None}
 
 
+BUILT_IN = ("tiny", "imdb")                                          # what --data may name beside a user's file
+
+
 @dataclass
 class Reviews:
     ids: list          # of (length,) int32 arrays, the whole review without end-of-text

@@ -81,6 +81,7 @@ def on_first(function):
     """Process 0 runs it; each gets what it returned or raised, and no one goes on before it is done."""
     @functools.wraps(function)
     def run(*args, **kwargs):
+        """answer: what process 0 got, and the error that it met instead."""
         if world() == 1:
             return function(*args, **kwargs)
         answer = [None, None]

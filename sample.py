@@ -79,6 +79,7 @@ def one_line(run, ids):
 
 
 def main(argv=None):
+    """python sample.py RUN --prompt "..."; the run is read whole before anything is printed."""
     parser = argparse.ArgumentParser(prog="sample.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("run", type=Path, metavar="RUN", help="a run folder")
     parser.add_argument("--prompt", action="append", required=True, help="the first words of a text; may be given several times")

@@ -33,7 +33,7 @@ class Run:
         self.cfg, self.folder, self.device, self.bf16 = cfg, Path(cfg.run), device, bf16
         self.encoding = data.tiny_encoding() if cfg.tokenizer == "tiny" else data.gpt2_encoding()
         self.eos_id = self.encoding.eot_token
-        self.own = cfg.data not in ("tiny", "imdb")                  # a user's file of preferences
+        self.own = cfg.data not in data.BUILT_IN                  # a user's file of preferences
 
     @property
     def block_size(self):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+import data
 import figures
 import parallel
 import ppo
@@ -173,7 +174,7 @@ def parse(argv=None):
     limit = dict(limit_prompts=64, limit_responses=4096) if first.method == "all" and preset == "tiny" else {}
     smoke = SMOKE if first.smoke else {}
     own = dict(prompt_tokens=0, new_tokens=0, sft_steps=0, rm_steps=0, align_steps=0, tokenizer="gpt2", labels="argmax") \
-        if first.data not in ("tiny", "imdb") else {}                # 0: as the file needs, `preferences.settle`
+        if first.data not in data.BUILT_IN else {}                   # 0: as the file needs, `preferences.settle`
     real = dict(tokenizer="gpt2") if first.data == "imdb" else {}
     name = preset + (f"-{Path(first.data).stem}" if own else "") + "-smoke" * first.smoke
     parser = build(plain | PRESETS[preset] | limit | real | own | smoke | {"run": f"runs/{name}"})
@@ -187,7 +188,7 @@ def parse(argv=None):
 
 def impossible(cfg):
     """What is wrong with these values, or None."""
-    own = cfg.data not in ("tiny", "imdb")
+    own = cfg.data not in data.BUILT_IN
     if own and not cfg.data.endswith((".jsonl", ".json")):
         return f"--data {cfg.data} is neither tiny, nor imdb, nor a .jsonl file"
     if not 0 < cfg.held_out < 1:
@@ -294,7 +295,7 @@ def proximal(run, policy, ref, optimizer, seed):
     critic.score.weight.data *= read_json(trained / "report.json")["scale"]
     critic_optimizer = adamw(critic, cfg.ppo_critic_lr, eps=1e-5)
     prompts = run.prompts("train", cfg.prompts)
-    reward, order = stages.reward_function(run, trained), torch.zeros(len(prompts))         # a prompt is as long as another
+    reward, order = stages.reward_function(run, trained), torch.zeros(len(prompts))         # plain shuffled batches
 
     def step(step, share):
         return ppo.iteration(

@@ -42,9 +42,9 @@ def sequence_kl(policy, ref, ids, mask, temperature):
 
 @torch.no_grad()
 def measure(run, policy, ref, reward, generator):
-    """Samples --eval-samples responses to each test prompt.  -> {ids, mask, reward, kl, k1: (P, S, ...)}, on the CPU"""
+    """Samples --eval-samples responses to each prompt of evaluation.  -> {ids, mask, reward, kl, k1: (P, S, ...)}, on the CPU"""
     cfg = run.cfg
-    repeated = [p for p in run.prompts("test", cfg.eval_prompts) for _ in range(cfg.eval_samples)]
+    repeated = [p for p in run.prompts(run.unseen, cfg.eval_prompts) for _ in range(cfg.eval_samples)]
 
     def columns(ids, mask):
         kl, k1 = sequence_kl(policy, ref, ids, mask, cfg.temperature)                       # (n,), (n,)

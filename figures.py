@@ -40,7 +40,7 @@ def alignments(folder, unfinished=False):
 def label(name):
     for short, long in (("online-dpo-preferences", "online DPO"), ("xpo-preferences", "XPO"), ("ppo-reward", "PPO"),
                         ("exo", "EXO"), ("dpo", "DPO"), ("-preferences", "-pref"), ("-reward", "-rw"),
-                        ("-k", " K="), ("-beta", " β"), ("-alpha", " α")):
+                        ("-k", " K="), ("-beta", " β"), ("-alpha", " α"), ("-lr", " lr ")):
         name = name.replace(short, long)
     return name
 
@@ -59,7 +59,7 @@ def final_samples(path):
 def draw(run):
     """Draws everything that the run holds, and prints its table."""
     found = alignments(run.folder)
-    prompts = "held-out prompts" if run.own else "test prompts"
+    prompts = "held-out prompts" if run.own else "test prompts" if run.cfg.eval_split == "test" else "training prompts"
     limits = sorted(run.folder.glob("limit-*/rewards.safetensors"), key=lambda p: p.stat().st_size)
     if not found or not limits:
         raise UserError(f"{run.folder} holds no finished alignment yet: run train.py first")
@@ -67,7 +67,7 @@ def draw(run):
     curve = evaluate.limit_curve(rewards)
     frontier(run.folder, found, rewards, curve, reward_axis(run), prompts)
     if not run.own:                                                  # accuracy is the oracle's probability
-        accuracy(run.folder, found)
+        accuracy(run.folder, found, prompts)
     curves(run.folder, found, reward_axis(run))
     density(run, found)
     table(run, found, rewards, curve)
@@ -139,8 +139,8 @@ def frontier(folder, found, rewards, curve, judge, prompts):
     save(figure, folder / "frontier.png", lines)
 
 
-def accuracy(folder, found):
-    figure, axes = canvas(f"{folder.name}: accuracy against KL, test prompts", KL_AXIS, "mean P(positive) by the oracle")
+def accuracy(folder, found, prompts):
+    figure, axes = canvas(f"{folder.name}: accuracy against KL, {prompts}", KL_AXIS, "mean P(positive) by the oracle")
     for name, runs in found.items():
         plot(axes, name, runs, "kl", "accuracy")
     save(figure, folder / "accuracy.png", [{"run": path.name, "step": row["step"], "kl": row["kl"], "accuracy": row["accuracy"]}
@@ -254,7 +254,7 @@ def write_samples(run, folder, before, after, n=8):
     def text(found, i):
         ids = found["ids"][i, 0][found["mask"][i, 0]].tolist()
         return run.encoding.decode([t for t in ids if t != run.eos_id]).strip().replace("\n", " ")
-    lines = [f"# {folder.name}: test prompts continued by π_sft and by the aligned policy\n",
+    lines = [f"# {folder.name}: prompts continued by π_sft and by the aligned policy\n",
              f"In brackets the reward: {'the reward model’s' if run.own else 'the oracle’s log-odds of a positive review'}.\n"]
     for i in range(min(n, len(before["ids"]))):
         prompt = run.encoding.decode(stages.prompts_of(before["ids"][i, :1], before["mask"][i, :1])[0])
@@ -269,7 +269,7 @@ def open_run(folder):
     config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
     if "new_tokens" not in config:                                   # a model's folder has a config.json too
         raise UserError(f"{folder} is not a run folder: name one that train.py has made")
-    older = {"tokenizer": "tiny" if config["data"] == "tiny" else "gpt2", "compile": False}        # before these settings were
+    older = {"tokenizer": "tiny" if config["data"] == "tiny" else "gpt2", "compile": False, "eval_split": "test"}
     cfg = SimpleNamespace(**older | config | {"run": str(folder)})
     device = torch.device("cuda" if torch.cuda.is_available() and cfg.device in ("auto", "cuda") else "cpu")
     return stages.Run(cfg, device, stages.arithmetic(device, cfg.matmul))

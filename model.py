@@ -24,7 +24,7 @@ RELEASED = {"gpt2": (12, 12, 768, 548_118_077, "7c5d3f4b8b76583b422fcb9189ad6c89
             "gpt2-xl": (48, 25, 1600, 6_431_878_936, None)}
 RELEASED_URL = "https://huggingface.co/openai-community/{name}/resolve/main/pytorch_model.bin"
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")   # OpenAI stores (in, out)
-CHUNK, CUDA_CHUNK = 2 ** 22, 2 ** 27                                 # logits alive at once in the head: 16 MiB, 512 MiB on a GPU
+CHUNK, CUDA_CHUNK = 2 ** 23, 2 ** 27                                 # logits alive at once in the head: 32 MiB, 512 MiB on a GPU
 
 
 @dataclass
@@ -217,11 +217,12 @@ class HeadLogprob(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, target, rows):
-        found = []
+        buffer, found = hidden.new_empty(min(rows, len(hidden)), len(weight)), []   # one for all chunks
         for h, y in zip(hidden.split(rows), target.split(rows)):
-            logits = F.linear(h, weight)                                                    # (m, V)
-            found.append(torch.stack([logits.gather(1, y[:, None]).squeeze(1), logits.logsumexp(1)]))       # (2, m)
-        logit, log_z = torch.cat(found, dim=1)                                              # (M,), (M,)
+            logits = torch.mm(h, weight.T, out=buffer[:len(h)])                             # (m, V)
+            logit, top = logits.gather(1, y[:, None]), logits.amax(1, keepdim=True)         # (m, 1), (m, 1)
+            found.append(torch.cat([logit, top + logits.sub_(top).exp_().sum(1, keepdim=True).log()], dim=1))     # (m, 2)
+        logit, log_z = torch.cat(found).unbind(1)                                           # (M,), (M,)
         ctx.save_for_backward(hidden, weight, target, log_z)
         ctx.rows = rows
         return logit - log_z
@@ -229,9 +230,10 @@ class HeadLogprob(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         hidden, weight, target, log_z = ctx.saved_tensors
+        buffer = hidden.new_empty(min(ctx.rows, len(hidden)), len(weight))
         grad_hidden, grad_weight = [], torch.zeros_like(weight)
         for h, y, z, g in zip(*(x.split(ctx.rows) for x in (hidden, target, log_z[:, None], grad[:, None]))):
-            p = F.linear(h, weight).sub_(z).exp_()                                          # (m, V)
+            p = torch.mm(h, weight.T, out=buffer[:len(h)]).sub_(z).exp_()                   # (m, V)
             grad_hidden.append(g * (weight[y] - p @ weight))                                # (m, C)
             grad_weight.addmm_(p.T, g * h, alpha=-1).index_add_(0, y, g * h)                # (V, C)
         return torch.cat(grad_hidden), grad_weight, None, None

@@ -76,15 +76,26 @@ class Run:
             both[split].start = cfg.prompt_tokens
         labelled = int((both["train"].label >= 0).sum())
         for flag, asked, there in (("--sft-reviews", cfg.sft_reviews, len(both["train"])), ("--prompts", cfg.prompts, labelled),
-                                   ("--eval-prompts", cfg.eval_prompts, len(both["test"]))):
+                                   ("--eval-prompts", cfg.eval_prompts, len(both["test"])) if cfg.eval_split == "test" else
+                                   ("--prompts with --eval-prompts", cfg.prompts + cfg.eval_prompts, len(both["train"]))):
             if asked > there:
                 raise UserError(f"{flag} asks for {asked:,} reviews, and there are {there:,}: lower it, or provide more reviews")
         return both
 
-    def prompts(self, split, n):
-        """The first ids of the first n reviews of a split, a list of lists."""
-        reviews = self.reviews[split].pick(range(n))
+    @property
+    def unseen(self):
+        """Reviews whose prompts policies are evaluated on: the test split's, or training ones that no method aligns on."""
+        train, start = self.reviews["train"], self.cfg.prompts
+        return self.reviews["test"] if self.cfg.eval_split == "test" else train.pick(range(start, start + self.cfg.eval_prompts))
+
+    def prompts(self, reviews, n):
+        """The first ids of the first n reviews, a list of lists."""
+        reviews = reviews.pick(range(n))
         return [review[:start].tolist() for review, start in zip(reviews.ids, reviews.start)]
+
+    def train_prompts(self):
+        """Those that the methods align on."""
+        return self.prompts(self.reviews["train"], self.cfg.prompts)
 
     @cached_property
     def preferences(self):
@@ -267,7 +278,7 @@ def responses(run):
     """Responses of pi_sft to the training prompts, their log pi_sft and oracle reward; or a user's own.  -> its folder"""
     cfg, folder, upstream = run.cfg, run.folder / "responses", [sft(run), *([] if run.own else [oracle(run)])]
     if not begin(folder, run.settings("responses"), upstream):
-        table = preferences.table(run, "train") if run.own else draw(run, folder, run.prompts("train", cfg.prompts), cfg.responses)
+        table = preferences.table(run, "train") if run.own else draw(run, folder, run.train_prompts(), cfg.responses)
         finish(folder, **{"responses.safetensors": write_tensors(folder / "responses.safetensors", table)})
     return folder
 
@@ -278,7 +289,7 @@ def answers(run):
         return responses(run)
     folder, upstream = run.folder / "answers", [sft(run), oracle(run)]
     if not begin(folder, run.settings("responses"), upstream):
-        table = draw(run, folder, run.prompts("train", run.cfg.prompts), 1)
+        table = draw(run, folder, run.train_prompts(), 1)
         finish(folder, **{"responses.safetensors": write_tensors(folder / "responses.safetensors", table)})
     return folder
 
@@ -288,7 +299,7 @@ def limit(run):
     cfg, upstream = run.cfg, [sft(run), oracle(run)]
     folder = run.folder / f"limit-{cfg.limit_prompts}x{cfg.limit_responses}"
     if not begin(folder, run.settings("limit"), upstream):
-        table = draw(run, folder, run.prompts("test", cfg.limit_prompts), cfg.limit_responses, text=False)
+        table = draw(run, folder, run.prompts(run.unseen, cfg.limit_prompts), cfg.limit_responses, text=False)
         finish(folder, **{"rewards.safetensors": write_tensors(folder / "rewards.safetensors", table)})
     return folder
 
@@ -307,7 +318,7 @@ def reference(run):
 @torch.no_grad()
 def written(run, score):
     """The test prompts' own continuations, as their authors wrote them.  -> ids, mask (P, T), reward (P,), on the CPU"""
-    ids, mask = run.rows(run.reviews["test"].pick(range(run.cfg.eval_prompts)))
+    ids, mask = run.rows(run.unseen.pick(range(run.cfg.eval_prompts)))
     reward = torch.cat([score(*part) for part in zip(ids.split(64), mask.split(64))])
     return ids.int().cpu(), mask.cpu(), reward.cpu()
 

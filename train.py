@@ -112,6 +112,8 @@ class Config:
     xpo_epochs: int = opt(2, "passes a round over all pairs so far [ours]", "xpo")
     alpha: float = opt(0.0015, "XPO's bonus, 0.003 times the preset's beta_pi [ours]; 0 is online DPO", "xpo")
     # evaluation
+    eval_split: str = opt("test", "evaluate on test prompts; or, to choose settings, on training prompts that no method aligns on",
+                          "limit reference align", ["test", "train"])
     checkpoints: int = opt(6, "checkpoints evaluated, evenly spaced [official code: 10]", "align")
     eval_prompts: int = opt(256, "test prompts [paper: 512]", "reference align")
     eval_samples: int = opt(4, "responses a test prompt [paper]", "reference align")
@@ -120,7 +122,7 @@ class Config:
 
 
 GROUPS = ["run", "reviews", "model", "sft", "oracle", "responses", "reward model", "alignment", "evaluation"]
-FIRST = ["method", "data", "init", "sft_steps", "oracle_steps", "prompts", "rm_steps", "align_steps", "checkpoints"]
+FIRST = ["method", "data", "init", "sft_steps", "oracle_steps", "prompts", "rm_steps", "align_steps", "eval_split"]
 
 IMDB = dict(data="imdb", tokenizer="gpt2", prompt_tokens=10, new_tokens=502, temperature=0.8, labels="argmax", init="gpt2",
             sft_reviews=25_000, sft_steps=977, sft_batch=128, sft_lr=1e-5,                                   # 5 epochs
@@ -191,6 +193,8 @@ def impossible(cfg):
     own = cfg.data not in data.BUILT_IN
     if own and not cfg.data.endswith((".jsonl", ".json")):
         return f"--data {cfg.data} is neither tiny, nor imdb, nor a .jsonl file"
+    if own and cfg.eval_split == "train":
+        return "--eval-split train has no prompts left in --data: name a file of others by --eval-data instead"
     if not 0 < cfg.held_out < 1:
         return f"--held-out must lie in (0, 1), got {cfg.held_out}"
     for name in Config.__dataclass_fields__:
@@ -294,7 +298,7 @@ def proximal(run, policy, ref, optimizer, seed):
     critic = run.scorer(trained)
     critic.score.weight.data *= read_json(trained / "report.json")["scale"]
     critic_optimizer = adamw(critic, cfg.ppo_critic_lr, eps=1e-5)
-    prompts = run.prompts("train", cfg.prompts)
+    prompts = run.train_prompts()
     reward, order = stages.reward_function(run, trained), torch.zeros(len(prompts))         # plain shuffled batches
 
     def step(step, share):
@@ -350,16 +354,21 @@ def online(run, policy, ref, score, optimizer, seed):
     return len(schedule), step, {"replay": replay}
 
 
-def align(run, method, feedback, K, seed):
-    """One alignment: from pi_sft's weights by the method's steps, checkpoints evaluated on the way.  -> its folder"""
-    cfg = run.cfg
-    kind = method if method in ("ppo", "xpo") else "offline"
+def name_of(cfg, method, feedback, K, seed):
+    """An alignment's folder: exo-preferences-s0, exo-reward-k4-betapi0.25-s0; of a trial its learning rate too."""
     usual = vars(Config()) | PRESETS[cfg.preset]
     name = ["online-dpo" if method == "xpo" and cfg.alpha == 0 else method, feedback, *([f"k{K}"] if K else [])]
-    for setting in ("beta_pi", "beta_r", *(["alpha"] if kind == "xpo" and cfg.alpha else [])):
-        if getattr(cfg, setting) != usual[setting]:
-            name.append(f"{setting.replace('_', '')}{getattr(cfg, setting):g}")
-    folder = run.folder / "-".join([*name, f"s{seed}"])
+    told = [s for s in ("beta_pi", "beta_r", *(["alpha"] if method == "xpo" and cfg.alpha else [])) if getattr(cfg, s) != usual[s]]
+    if cfg.eval_split == "train":
+        told.append("ppo_lr" if method == "ppo" else "align_lr")
+    name += [f"{s.removeprefix('align_').removeprefix('ppo_').replace('_', '')}{getattr(cfg, s):g}" for s in told]
+    return "-".join([*name, f"s{seed}"])
+
+
+def align(run, method, feedback, K, seed):
+    """One alignment: from pi_sft's weights by the method's steps, checkpoints evaluated on the way.  -> its folder"""
+    cfg, folder = run.cfg, run.folder / name_of(run.cfg, method, feedback, K, seed)
+    kind = method if method in ("ppo", "xpo") else "offline"
     sft, oracle = stages.sft(run), stages.oracle(run)
     upstream = [sft, oracle, stages.responses(run)] + ([stages.reward_model(run)] if feedback == "reward" else [])
     if begin(folder, run.settings("align") | run.settings(kind) | {"method": method, "seed": seed}, upstream):

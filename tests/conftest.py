@@ -3,6 +3,8 @@ import os
 import shutil
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")                        # before torch: test files run side by side, a core each
+
 import pytest
 import torch
 

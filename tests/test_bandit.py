@@ -24,7 +24,6 @@ def small():
     return bandit, toy.recover(bandit, Ks=(2, 8))
 
 
-
 # ---- the truth itself --------------------------------------------------------------------------------------------------------
 
 def test_optimum_has_the_highest_objective(bandits):
@@ -39,10 +38,10 @@ def test_optimum_has_the_highest_objective(bandits):
 
 
 @pytest.mark.parametrize("beta_r, beta_pi", [(0.5, 1.0), (0.5, 0.5), (0.1, 0.1), (1.0, 0.3)])
-def test_theorem_3_1_and_eq_11(bandits, beta_r, beta_pi):
+def test_theorem_3_1_and_eq_11(beta_r, beta_pi):
     """The generalised objective has the optimum pi*_beta, beta = beta_r beta_pi, and is a reverse KL; it is not J itself."""
-    result = toy.generalised_objective(bandits, beta_r, beta_pi)
-    assert result["tv"].max() < 1e-3
+    result = toy.generalised_objective(toy.random_bandits(B=8), beta_r, beta_pi)
+    assert result["tv"].max() < 1e-4
     assert result["eq11"].max() < 1e-12
     if beta_pi == 1:
         assert result["cosine"].min() > 1 - 1e-9

@@ -527,7 +527,7 @@ def until_heard(child):
         assert line
 
 
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_stopped_process_goes_on_in_another_as_if_nothing_had_happened(tmp_path, undisturbed, number):
     child = training_process(tmp_path)
     until_step(child, 2)
@@ -539,7 +539,7 @@ def test_a_stopped_process_goes_on_in_another_as_if_nothing_had_happened(tmp_pat
     assert equal(train(tmp_path, inside_step=done.append), undisturbed) and done == [3, 4, 5, 6]
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)])
 def test_a_second_signal_leaves_at_once_and_the_last_save_is_sound(tmp_path, undisturbed, number, code):
     child = training_process(tmp_path)
     until_step(child, 3)

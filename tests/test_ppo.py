@@ -183,7 +183,7 @@ def test_the_value_clip_stops_steps_towards_the_return_and_not_away():
     stats, count = ppo.value_loss(values, torch.zeros(1, 4), torch.ones(1, 4), mask, clip=0.2)
     stats["loss"].backward()
     torch.testing.assert_close(values.grad, torch.tensor([[0.0, -0.9, 0.0, -1.5]]))
-    torch.testing.assert_close(float(stats["loss"]) * 2, 0.9 ** 2 + 0.8 ** 2 + 1.5 ** 2)
+    torch.testing.assert_close(stats["loss"].item() * 2, 0.9 ** 2 + 0.8 ** 2 + 1.5 ** 2)
     assert count == 3
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import data
+import stages
 import train
 from evaluate import read_csv
 from exo import exo_pref_loss
@@ -139,6 +140,18 @@ def test_presets_are_those_of_the_paper():
     assert (cfg.eval_prompts, cfg.eval_samples, cfg.prompt_tokens, cfg.labels, cfg.eps) == (512, 4, 10, "argmax", 1e-3)
     assert train.parse(["--preset", "imdb-large"])[0].init == "gpt2-large"
     assert train.parse(["--preset", "imdb-small", "--align-lr", "0.1"])[0].align_lr == 0.1  # flags win over presets
+
+
+def test_trials_are_evaluated_on_training_prompts_that_no_method_aligns_on_and_named_by_their_learning_rate():
+    settings = ["--smoke", "--preset", "tiny"]
+    cfg = train.parse([*settings, "--eval-split", "train", "--align-lr", "3e-4", "--beta-pi", "0.25"])[0]
+    trial = stages.Run(cfg, torch.device("cpu"), bf16=False)
+    ids = trial.reviews["train"].ids
+    assert trial.prompts(trial.unseen, cfg.eval_prompts) == [ids[64 + i][:6].tolist() for i in range(16)]
+    assert trial.train_prompts() == [ids[i][:6].tolist() for i in range(64)]
+    assert train.name_of(cfg, "exo", "reward", 4, 0) == "exo-reward-k4-betapi0.25-lr0.0003-s0"
+    assert train.name_of(cfg, "ppo", "reward", 0, 0) == "ppo-reward-betapi0.25-lr0.0002-s0"
+    assert train.name_of(train.parse(settings)[0], "exo", "preferences", 0, 1) == "exo-preferences-s1"
 
 
 @pytest.mark.parametrize("folder", ["file", "read only"])

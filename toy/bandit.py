@@ -160,7 +160,9 @@ def generalised_objective(bandit, beta_r, beta_pi):
     reverse KL| at a random policy, in units of reward; "cosine", between the gradients of J_gen and J_beta at that policy.
     """
     beta, optimum = beta_r * beta_pi, log_optimum(bandit, beta_r)
-    found = fit(lambda logp: -general_objective(bandit, logp, beta_r, beta_pi).mean() / beta_r, bandit.ref_logp)
+    found = bandit.ref_logp
+    for hotter in (16, 4, 1):                                        # from pi_sft straight to beta = 0.01 it can get stuck
+        found = fit(lambda logp, r=hotter * beta_r: -general_objective(bandit, logp, r, beta_pi).mean() / r, found)
     logits = near_reference(bandit).requires_grad_()
     J_gen = general_objective(bandit, softmax_policy(logits), beta_r, beta_pi)                   # (B,)
     log_Z = (bandit.ref_logp + bandit.reward / beta_r).logsumexp(-1)                             # (B,)

@@ -7,7 +7,7 @@ sampling without a cache; then this repository alone over K, over length and ove
 Each entrant of a table is a process of its own, so that its peak memory is its own.  It builds its model, takes a turn that does
 not count, and then turns with the others, one step each (ABAB...): no two ever compute at once.  Seconds are medians of turns.
 On a CPU they are the process's CPU seconds on one thread, which hold on a busy machine, and memory is what is resident; everyone
-gets both float32 settings, "highest" and "medium" (torch.set_float32_matmul_precision), and is shown at its best, with the peak
+gets both float32 settings, "highest" and "medium" (model.multiply_float32), and is shown at its best, with the peak
 over both.  On CUDA they are wall seconds in bfloat16, and memory is what tensors take.  "built" is the peak before the first step.
 
 MFU: the FLOPs that a step must have (no reference pass, no recomputation, no prompt tokens in the head) in its seconds, over
@@ -36,7 +36,7 @@ import torch
 import torch.nn.functional as F
 
 from exo import exo_loss, exo_pref_loss
-from model import GPT, GPTConfig, generate, sequence_logprob, token_logprob
+from model import GPT, GPTConfig, generate, multiply_float32, sequence_logprob, token_logprob
 from optim import adamw, descend
 
 LR, BETA, EPS, TEMPERATURE = 1e-6, 0.1, 1e-3, 0.8
@@ -233,7 +233,7 @@ def take_turns(pipe, device):
     pipe.send((0.0, peak_memory(device)))                            # built
     while (setting := pipe.recv()) is not None:
         if device == "cpu":
-            torch.set_float32_matmul_precision(setting)
+            multiply_float32(setting)
         start = clock(device)
         yield
         pipe.send((clock(device) - start, peak_memory(device)))
@@ -298,7 +298,7 @@ def interleave(entrants, settings, rounds=5, context=None):
 
 # ---- tables ----------------------------------------------------------------------------------------------------------------
 
-def table(what, size, entrants, settings, rounds=5, context=None):
+def table(what, size, entrants, settings, rounds, context=None):
     """entrants: {name: (work, case)}.  Prints each at its best setting, beside the first.  -> rows of a csv, one a setting"""
     case = next(iter(entrants.values()))[1]
     print(f"\n{what} · {size} · V = {case.V:,} · {case.N} rows of {case.start} + {case.T - case.start} tokens", flush=True)
@@ -370,9 +370,12 @@ def main(argv=None):
     parser.add_argument("--size", default="tiny", choices=["tiny", "124M"], help="124M: gpt2's size too, with 24 GB of memory")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--quick", action="store_true", help="toy sizes in one process, in seconds: does it run here?")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each entrant in a setting; their median is told")
     parser.add_argument("--out", default="results/bench", help="the folder of bench.csv, scaling.csv and scaling.png")
     args = parser.parse_args(argv)
     out, cuda = Path(args.out), torch.cuda.is_available() and args.device != "cpu"
+    if args.rounds < 1:
+        sys.exit(f"bench.py: --rounds must be at least 1, got {args.rounds}")
     if args.device == "cuda" and not cuda:
         sys.exit("bench.py: --device cuda: PyTorch finds no such device here, use --device auto")
     try:
@@ -383,7 +386,7 @@ def main(argv=None):
                                                         "CPU seconds of one thread, float32"))
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1",
                    "PYTHONWARNINGS": "ignore"}                       # for the peers' processes
-    settings, measure = ["bfloat16"] if cuda else ["highest", "medium"], table
+    settings, measure = ["bfloat16"] if cuda else ["highest", "medium"], partial(table, rounds=args.rounds)
     tiny = Case(4, 4, 128, V=512, device="cuda" if cuda else "cpu", product=8192 if cuda else 1024)
     large = replace(tiny, V=50257)
     sizes = {"tiny": (tiny, 256, 128), "tiny, GPT-2's vocabulary": (large, 256, 42)}        # rows and their length in sampling

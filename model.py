@@ -27,6 +27,13 @@ TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "ml
 CHUNK, CUDA_CHUNK = 2 ** 23, 2 ** 27                                 # logits alive at once in the head: 32 MiB, 512 MiB on a GPU
 
 
+def multiply_float32(precision):
+    """Sets how PyTorch multiplies float32 matrices: highest, high or medium.  For the whole process, whatever the model."""
+    torch.set_float32_matmul_precision(precision)
+    plain = precision != "highest" and not torch.cuda.is_available()
+    torch.backends.cuda.enable_flash_sdp(not plain)                  # on a CPU flash attention does without the faster products
+
+
 @dataclass
 class GPTConfig:
     n_layer: int

@@ -22,7 +22,7 @@ import preferences
 from checkpoint import Log, begin, finish, resumable, rng
 from evaluate import measure
 from files import UserError, read_json, read_tensors, write_json, write_tensors
-from model import GPT, GPTConfig, ScalarGPT, respond, sequence_logprob, token_logprob, trim
+from model import GPT, GPTConfig, ScalarGPT, multiply_float32, respond, sequence_logprob, token_logprob, trim
 from optim import adamw, batch_at, cosine, descend
 
 
@@ -191,7 +191,7 @@ def sft(run):
 def arithmetic(device, matmul):
     """Sets how PyTorch multiplies float32 matrices; True where other products are to be in bfloat16, which the GPU must have."""
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    torch.set_float32_matmul_precision("high" if bf16 else matmul)   # beside bfloat16 the heads' are left: by TF32
+    multiply_float32("high" if bf16 else matmul)                     # beside bfloat16 the heads' are left: by TF32
     return bf16
 
 

@@ -61,11 +61,6 @@ class Replay:
         pairs = {name: rows.cpu() for name, rows in pairs.items()}   # a history can outgrow the device, and is saved from here
         self.data = {name: torch.cat([self.data[name], rows]) if self.data else rows.clone() for name, rows in pairs.items()}
 
-    def batches(self, batch_size, generator=None):
-        """One pass over the whole history in random order: dicts of at most batch_size rows, every pair exactly once."""
-        for rows in torch.randperm(len(self), generator=generator).split(batch_size):
-            yield {name: tensor[rows] for name, tensor in self.data.items()}
-
     def state_dict(self):
         return {"data": dict(self.data), "closed": self.closed}
 

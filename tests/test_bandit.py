@@ -297,15 +297,13 @@ def filled_replay():
     return replay
 
 
-def test_replay_batches_cover_every_pair_once():
+def test_replay_keeps_every_pair_of_every_round_in_its_order():
     replay = filled_replay()
-    batches = list(replay.batches(5, torch.Generator().manual_seed(1)))
-    assert len(Replay()) == 0 and len(replay) == 12 and [len(batch["chosen"]) for batch in batches] == [5, 5, 2]
-    order = torch.cat([batch["chosen"] for batch in batches])
-    assert order.sort().values.tolist() == replay.data["chosen"].tolist() and order.tolist() != replay.data["chosen"].tolist()
-    for batch in batches:                                            # rows stay together
-        for chosen, ref_logp in zip(batch["chosen"], batch["ref_logp"]):
-            assert torch.equal(ref_logp, replay.data["ref_logp"][replay.data["chosen"] == chosen][0])
+    assert len(Replay()) == 0 and len(replay) == 12
+    assert replay.data["chosen"].tolist() == [0, 1, 2, 3, 10, 11, 12, 13, 20, 21, 22, 23]
+    for t in range(3):                                               # the columns of a pair stay together
+        expected = torch.randn(4, 2, generator=torch.Generator().manual_seed(t))
+        assert torch.equal(replay.data["ref_logp"][4 * t:4 * t + 4], expected)
 
 
 def test_replay_survives_a_file(tmp_path):
@@ -314,9 +312,7 @@ def test_replay_survives_a_file(tmp_path):
     copy.load_state_dict(torch.load(tmp_path / "replay.pt", weights_only=True))
     for one in (replay, copy):
         one.append(chosen=torch.tensor([7]), ref_logp=torch.zeros(1, 2))
-    assert len(copy) == 13
-    for a, b in zip(replay.batches(4, torch.Generator().manual_seed(2)), copy.batches(4, torch.Generator().manual_seed(2))):
-        assert all(torch.equal(a[name], b[name]) for name in a)
+    assert len(copy) == 13 and all(torch.equal(replay.data[name], copy.data[name]) for name in replay.data)
 
 
 def test_replay_refuses_pairs_that_do_not_fit():

@@ -195,6 +195,17 @@ def test_log_probs_of_a_row_are_those_of_the_row_alone(gpt):
     close(sequence_logprob(gpt, ids, mask), torch.cat(alone))
 
 
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_faster_products_are_the_same_model_within_bfloat16s_precision(gpt, precision):
+    ids, mask = ragged_batch()
+    exact = sequence_logprob(gpt, ids, mask)
+    try:
+        model.multiply_float32(precision)
+        torch.testing.assert_close(sequence_logprob(gpt, ids, mask), exact, rtol=0.02, atol=0.02)
+    finally:
+        model.multiply_float32("highest")
+
+
 def test_a_batch_without_response_tokens_has_log_prob_zero(gpt):
     assert (token_logprob(gpt, random_ids(2, 5), torch.zeros(2, 5, dtype=torch.bool)) == 0).all()
 

@@ -138,8 +138,7 @@ class GPT(nn.Module):
             path = fetch(RELEASED_URL.format(name=source), cache_folder() / source / "pytorch_model.bin", size, sha256,
                          hint="name a folder that holds the weights by --init, or use --preset tiny or imdb-small")
         else:
-            folder = Path(source)
-            path = next((folder / f for f in ("model.safetensors", "pytorch_model.bin") if (folder / f).exists()), None)
+            folder, path = Path(source), weights_file(source)
             if path is None or not (folder / "config.json").exists():
                 raise UserError(f"{source} is neither one of {', '.join(RELEASED)} nor a folder with config.json and "
                                 "model.safetensors or pytorch_model.bin")
@@ -379,6 +378,11 @@ def sample(logits, uniform):
 
 
 # ---- weights in Hugging Face's layout --------------------------------------------------------------------------------------
+
+def weights_file(folder):
+    """The weights in a Hugging Face folder, or None."""
+    return next((path for f in ("model.safetensors", "pytorch_model.bin") if (path := Path(folder) / f).exists()), None)
+
 
 def read_config(config, source):
     """config.json -> GPTConfig; refuses what would make it another model than the one in this file."""

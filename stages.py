@@ -22,7 +22,7 @@ import preferences
 from checkpoint import Log, begin, finish, resumable, rng
 from evaluate import measure
 from files import UserError, read_json, read_tensors, write_json, write_tensors
-from model import GPT, GPTConfig, ScalarGPT, multiply_float32, respond, sequence_logprob, token_logprob, trim
+from model import GPT, GPTConfig, ScalarGPT, multiply_float32, respond, sequence_logprob, token_logprob, trim, weights_file
 from optim import adamw, batch_at, cosine, descend
 
 
@@ -155,7 +155,8 @@ def fit(run, folder, model, steps, batch, lr, length, loss_sum):
 def sft(run):
     """pi_sft: maximum likelihood of the reviews' responses (prompt tokens carry no loss: official code).  -> its folder"""
     cfg, folder = run.cfg, run.folder / "sft"
-    if begin(folder, run.settings("sft") | {"reviews": run.source}):
+    weights = weights_file(cfg.init) if cfg.init else None           # other ones may stand under the same name
+    if begin(folder, run.settings("sft") | {"reviews": run.source, "weights": weights and data.file_sha256(weights)}):
         return folder
     reviews = run.reviews["train"].pick(range(cfg.sft_reviews))
     if cfg.init:

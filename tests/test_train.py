@@ -14,8 +14,8 @@ import stages
 import train
 from evaluate import read_csv
 from exo import exo_pref_loss
-from files import read_tensors
-from model import GPT, sequence_logprob
+from files import UserError, read_tensors
+from model import GPT, GPTConfig, sequence_logprob
 
 ROOT = Path(__file__).parent.parent
 
@@ -152,6 +152,19 @@ def test_trials_are_evaluated_on_training_prompts_that_no_method_aligns_on_and_n
     assert train.name_of(cfg, "exo", "reward", 4, 0) == "exo-reward-k4-betapi0.25-lr0.0003-s0"
     assert train.name_of(cfg, "ppo", "reward", 0, 0) == "ppo-reward-betapi0.25-lr0.0002-s0"
     assert train.name_of(train.parse(settings)[0], "exo", "preferences", 0, 1) == "exo-preferences-s1"
+
+
+def test_other_weights_under_the_same_name_are_refused(tmp_path):
+    def start_from(seed):
+        torch.manual_seed(seed)
+        GPT(GPTConfig(1, 1, 8, data.tiny_encoding().n_vocab, 72)).save_pretrained(tmp_path / "mine")
+        cfg = train.parse(["--smoke", "--preset", "tiny", "--init", str(tmp_path / "mine"), "--sft-steps", "1",
+                           "--run", str(tmp_path / "run")])[0]
+        return stages.sft(stages.Run(cfg, torch.device("cpu"), bf16=False))
+
+    assert start_from(seed=0) == start_from(seed=0)                  # the second time it is read
+    with pytest.raises(UserError, match="sft was made with weights = .*--run"):
+        start_from(seed=1)
 
 
 @pytest.mark.parametrize("folder", ["file", "read only"])

@@ -7,7 +7,7 @@ sampling without a cache; then this repository alone over K, over length and ove
 Each entrant of a table is a process of its own, so that its peak memory is its own.  It builds its model, takes a turn that does
 not count, and then turns with the others, one step each (ABAB...): no two ever compute at once.  Seconds are medians of turns.
 On a CPU they are the process's CPU seconds on one thread, which hold on a busy machine, and memory is what is resident; everyone
-gets both float32 settings, "highest" and "medium" (model.multiply_float32), and is shown at its best, with the peak
+gets both float32 settings, "highest" and "medium" (torch.set_float32_matmul_precision), and is shown at its best, with the peak
 over both.  On CUDA they are wall seconds in bfloat16, and memory is what tensors take.  "built" is the peak before the first step.
 
 MFU: the FLOPs that a step must have (no reference pass, no recomputation, no prompt tokens in the head) in its seconds, over
@@ -36,7 +36,7 @@ import torch
 import torch.nn.functional as F
 
 from exo import exo_loss, exo_pref_loss
-from model import GPT, GPTConfig, generate, multiply_float32, sequence_logprob, token_logprob
+from model import GPT, GPTConfig, generate, sequence_logprob, token_logprob
 from optim import adamw, descend
 
 LR, BETA, EPS, TEMPERATURE = 1e-6, 0.1, 1e-3, 0.8
@@ -233,7 +233,7 @@ def take_turns(pipe, device):
     pipe.send((0.0, peak_memory(device)))                            # built
     while (setting := pipe.recv()) is not None:
         if device == "cpu":
-            multiply_float32(setting)
+            torch.set_float32_matmul_precision(setting)
         start = clock(device)
         yield
         pipe.send((clock(device) - start, peak_memory(device)))
@@ -370,7 +370,7 @@ def main(argv=None):
     parser.add_argument("--size", default="tiny", choices=["tiny", "124M"], help="124M: gpt2's size too, with 24 GB of memory")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--quick", action="store_true", help="toy sizes in one process, in seconds: does it run here?")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each entrant in a setting; their median is told")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each entrant in a setting; 1 with --quick")
     parser.add_argument("--out", default="results/bench", help="the folder of bench.csv, scaling.csv and scaling.png")
     args = parser.parse_args(argv)
     out, cuda = Path(args.out), torch.cuda.is_available() and args.device != "cpu"

@@ -27,8 +27,6 @@ IMDB_URL = "http://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"
 IMDB_SIZE, IMDB_SHA256 = 84_125_825, "c40f74a18d3b61f90feba1e17730e0d38e8b97c05fde7008942e91923d1658fe"
 IMDB_MEMBER = re.compile(r"(?:.*/)?(train|test)/(pos|neg|unsup)/[^/]+\.txt")
 IMDB_LABEL = {"pos": 1, "neg": 0, "unsup": None}
-
-
 BUILT_IN = ("tiny", "imdb")                                          # what --data may name beside a user's file
 
 

@@ -44,7 +44,7 @@ def sequence_kl(policy, ref, ids, mask, temperature):
 def measure(run, policy, ref, reward, generator):
     """Samples --eval-samples responses to each prompt of evaluation.  -> {ids, mask, reward, kl, k1: (P, S, ...)}, on the CPU"""
     cfg = run.cfg
-    repeated = [p for p in run.prompts(run.unseen, cfg.eval_prompts) for _ in range(cfg.eval_samples)]
+    repeated = [p for p in run.prompts(run.evaluated, cfg.eval_prompts) for _ in range(cfg.eval_samples)]
 
     def columns(ids, mask):
         kl, k1 = sequence_kl(policy, ref, ids, mask, cfg.temperature)                       # (n,), (n,)

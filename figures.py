@@ -167,7 +167,7 @@ def curves(folder, found, judge):
 
 @torch.no_grad()
 def density(run, found, beta=None):
-    """Weights of M responses of pi_sft to one test prompt under each final policy (h = log pi - log pi_sft) and under pi*_beta."""
+    """Weights of M responses of pi_sft to one prompt under each final policy (h = log pi - log pi_sft) and under pi*_beta."""
     cfg, policy = run.cfg, run.policy(run.folder / "sft")
     M = min(2048, 2 * cfg.limit_responses)
     beta = beta or max(cfg.beta_pi * cfg.beta_r, 0.5)                # ours: at a smaller one a few responses carry all weight
@@ -250,7 +250,7 @@ def table(run, found, rewards, curve):
 
 
 def write_samples(run, folder, before, after, n=8):
-    """samples.md: the same test prompts continued by pi_sft and by the aligned policy, with their oracle rewards."""
+    """samples.md: the same prompts continued by pi_sft and by the aligned policy, with their oracle rewards."""
     def text(found, i):
         ids = found["ids"][i, 0][found["mask"][i, 0]].tolist()
         return run.encoding.decode([t for t in ids if t != run.eos_id]).strip().replace("\n", " ")

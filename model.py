@@ -27,13 +27,6 @@ TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "ml
 CHUNK, CUDA_CHUNK = 2 ** 23, 2 ** 27                                 # logits alive at once in the head: 32 MiB, 512 MiB on a GPU
 
 
-def multiply_float32(precision):
-    """Sets how PyTorch multiplies float32 matrices: highest, high or medium.  For the whole process, whatever the model."""
-    torch.set_float32_matmul_precision(precision)
-    plain = precision != "highest" and not torch.cuda.is_available()
-    torch.backends.cuda.enable_flash_sdp(not plain)                  # on a CPU flash attention does without the faster products
-
-
 @dataclass
 class GPTConfig:
     n_layer: int
@@ -138,7 +131,8 @@ class GPT(nn.Module):
             path = fetch(RELEASED_URL.format(name=source), cache_folder() / source / "pytorch_model.bin", size, sha256,
                          hint="name a folder that holds the weights by --init, or use --preset tiny or imdb-small")
         else:
-            folder, path = Path(source), weights_file(source)
+            folder = Path(source)
+            path = next((folder / f for f in ("model.safetensors", "pytorch_model.bin") if (folder / f).exists()), None)
             if path is None or not (folder / "config.json").exists():
                 raise UserError(f"{source} is neither one of {', '.join(RELEASED)} nor a folder with config.json and "
                                 "model.safetensors or pytorch_model.bin")
@@ -378,11 +372,6 @@ def sample(logits, uniform):
 
 
 # ---- weights in Hugging Face's layout --------------------------------------------------------------------------------------
-
-def weights_file(folder):
-    """The weights in a Hugging Face folder, or None."""
-    return next((path for f in ("model.safetensors", "pytorch_model.bin") if (path := Path(folder) / f).exists()), None)
-
 
 def read_config(config, source):
     """config.json -> GPTConfig; refuses what would make it another model than the one in this file."""

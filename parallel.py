@@ -81,10 +81,9 @@ def on_first(function):
     """Process 0 runs it; each gets what it returned or raised, and no one goes on before it is done."""
     @functools.wraps(function)
     def run(*args, **kwargs):
-        """answer: what process 0 got, and the error that it met instead."""
         if world() == 1:
             return function(*args, **kwargs)
-        answer = [None, None]
+        answer = [None, None]                                        # what process 0 got, and the error that it met instead
         if rank() == 0:
             try:
                 answer[0] = function(*args, **kwargs)

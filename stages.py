@@ -22,7 +22,7 @@ import preferences
 from checkpoint import Log, begin, finish, resumable, rng
 from evaluate import measure
 from files import UserError, read_json, read_tensors, write_json, write_tensors
-from model import GPT, GPTConfig, ScalarGPT, multiply_float32, respond, sequence_logprob, token_logprob, trim, weights_file
+from model import GPT, GPTConfig, ScalarGPT, respond, sequence_logprob, token_logprob, trim
 from optim import adamw, batch_at, cosine, descend
 
 
@@ -33,7 +33,7 @@ class Run:
         self.cfg, self.folder, self.device, self.bf16 = cfg, Path(cfg.run), device, bf16
         self.encoding = data.tiny_encoding() if cfg.tokenizer == "tiny" else data.gpt2_encoding()
         self.eos_id = self.encoding.eot_token
-        self.own = cfg.data not in data.BUILT_IN                  # a user's file of preferences
+        self.own = cfg.data not in data.BUILT_IN                      # a user's file of preferences
 
     @property
     def block_size(self):
@@ -83,10 +83,10 @@ class Run:
         return both
 
     @property
-    def unseen(self):
-        """Reviews whose prompts policies are evaluated on: the test split's, or training ones that no method aligns on."""
-        train, start = self.reviews["train"], self.cfg.prompts
-        return self.reviews["test"] if self.cfg.eval_split == "test" else train.pick(range(start, start + self.cfg.eval_prompts))
+    def evaluated(self):
+        """Reviews whose prompts policies are evaluated on: the test split's, or training ones from the end."""
+        train = self.reviews["train"]
+        return self.reviews["test"] if self.cfg.eval_split == "test" else train.pick(range(len(train))[::-1])
 
     def prompts(self, reviews, n):
         """The first ids of the first n reviews, a list of lists."""
@@ -155,8 +155,7 @@ def fit(run, folder, model, steps, batch, lr, length, loss_sum):
 def sft(run):
     """pi_sft: maximum likelihood of the reviews' responses (prompt tokens carry no loss: official code).  -> its folder"""
     cfg, folder = run.cfg, run.folder / "sft"
-    weights = weights_file(cfg.init) if cfg.init else None           # other ones may stand under the same name
-    if begin(folder, run.settings("sft") | {"reviews": run.source, "weights": weights and data.file_sha256(weights)}):
+    if begin(folder, run.settings("sft") | {"reviews": run.source}):
         return folder
     reviews = run.reviews["train"].pick(range(cfg.sft_reviews))
     if cfg.init:
@@ -192,7 +191,7 @@ def sft(run):
 def arithmetic(device, matmul):
     """Sets how PyTorch multiplies float32 matrices; True where other products are to be in bfloat16, which the GPU must have."""
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    multiply_float32("high" if bf16 else matmul)                     # beside bfloat16 the heads' are left: by TF32
+    torch.set_float32_matmul_precision("high" if bf16 else matmul)   # beside bfloat16 the heads' are left: by TF32
     return bf16
 
 
@@ -296,17 +295,17 @@ def answers(run):
 
 
 def limit(run):
-    """Oracle rewards of many responses of pi_sft to the first test prompts: the limit and best-of-n come from them."""
+    """Oracle rewards of many responses of pi_sft to the first prompts of evaluation: the limit and best-of-n come from them."""
     cfg, upstream = run.cfg, [sft(run), oracle(run)]
     folder = run.folder / f"limit-{cfg.limit_prompts}x{cfg.limit_responses}"
     if not begin(folder, run.settings("limit"), upstream):
-        table = draw(run, folder, run.prompts(run.unseen, cfg.limit_prompts), cfg.limit_responses, text=False)
+        table = draw(run, folder, run.prompts(run.evaluated, cfg.limit_prompts), cfg.limit_responses, text=False)
         finish(folder, **{"rewards.safetensors": write_tensors(folder / "rewards.safetensors", table)})
     return folder
 
 
 def reference(run):
-    """pi_sft evaluated on the test prompts, as every checkpoint is: step 0 of every method.  -> its folder"""
+    """pi_sft evaluated on the same prompts as every checkpoint: step 0 of every method.  -> its folder"""
     folder, upstream = run.folder / "reference", [sft(run), oracle(run)]
     if not begin(folder, run.settings("reference"), upstream):
         policy, score = run.policy(upstream[0]), judge(run)
@@ -318,8 +317,8 @@ def reference(run):
 
 @torch.no_grad()
 def written(run, score):
-    """The test prompts' own continuations, as their authors wrote them.  -> ids, mask (P, T), reward (P,), on the CPU"""
-    ids, mask = run.rows(run.unseen.pick(range(run.cfg.eval_prompts)))
+    """Those prompts' own continuations, as their authors wrote them.  -> ids, mask (P, T), reward (P,), on the CPU"""
+    ids, mask = run.rows(run.evaluated.pick(range(run.cfg.eval_prompts)))
     reward = torch.cat([score(*part) for part in zip(ids.split(64), mask.split(64))])
     return ids.int().cpu(), mask.cpu(), reward.cpu()
 

@@ -53,7 +53,7 @@ class Config:
     run: str = opt("", "the folder of this run's artifacts")
     smoke: bool = opt(False, "all stages at a toy size, in seconds: does it run from end to end?")
     device: str = opt("auto", "where to compute", "", ["auto", "cpu", "cuda", "mps"])
-    matmul: str = opt("highest", "PyTorch's float32 matmul precision: medium is twice as fast on some CPUs [ours]", "",
+    matmul: str = opt("highest", "PyTorch's float32 matmul precision: medium is up to 1.7 times as fast on some CPUs [ours]", "",
                       ["highest", "high", "medium"])
     compile: bool = opt(False, "torch.compile the policy's blocks [ours]")
     micro_batch_size: int = opt(0, "rows at once in training, 0 for whole batches: memory, not results [ours]")
@@ -115,9 +115,9 @@ class Config:
     eval_split: str = opt("test", "evaluate on test prompts; or, to choose settings, on training prompts that no method aligns on",
                           "limit reference align", ["test", "train"])
     checkpoints: int = opt(6, "checkpoints evaluated, evenly spaced [official code: 10]", "align")
-    eval_prompts: int = opt(256, "test prompts [paper: 512]", "reference align")
-    eval_samples: int = opt(4, "responses a test prompt [paper]", "reference align")
-    limit_prompts: int = opt(32, "test prompts that the limit is drawn on; 64 with --method all [ours]", "limit")
+    eval_prompts: int = opt(256, "prompts of evaluation [paper: 512]", "reference align")
+    eval_samples: int = opt(4, "responses to each [paper]", "reference align")
+    limit_prompts: int = opt(32, "of these, those that the limit is drawn on; 64 with --method all [ours]", "limit")
     limit_responses: int = opt(1024, "responses of pi_sft each; 4,096 with --method all [ours]", "limit")
 
 
@@ -179,6 +179,7 @@ def parse(argv=None):
         if first.data not in data.BUILT_IN else {}                   # 0: as the file needs, `preferences.settle`
     real = dict(tokenizer="gpt2") if first.data == "imdb" else {}
     name = preset + (f"-{Path(first.data).stem}" if own else "") + "-smoke" * first.smoke
+    name += "-trials" * (first.eval_split == "train")
     parser = build(plain | PRESETS[preset] | limit | real | own | smoke | {"run": f"runs/{name}"})
     cfg = Config(**vars(parser.parse_args(argv)))
     cfg.preset = preset

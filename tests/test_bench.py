@@ -15,7 +15,6 @@ import torch
 
 import bench
 from exo import exo_pref_loss
-from model import multiply_float32
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
@@ -139,7 +138,7 @@ def entry(case, turns, name):
 def test_entrants_take_turns_and_the_first_one_does_not_count():
     ORDER.clear()
     found = in_threads({name: (partial(entry, name=name), TOY) for name in "ab"}, ("highest", "medium"), rounds=2)
-    multiply_float32("highest")
+    torch.set_float32_matmul_precision("highest")
     once = [(name, setting) for name in "ab" for setting in ("highest", "medium")]
     assert ORDER == [("a", "highest"), ("b", "highest"), *once, *once]
     assert [len(found["b"][0][setting]) for setting in ("highest", "medium")] == [2, 2]

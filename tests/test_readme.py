@@ -120,6 +120,8 @@ def small(command, place):
             command[command.index("--run") + 1] = str(place / "weights")
         if "imdb" in command:                                        # the same folder under another preset
             command[command.index("--run") + 1] = str(place / "imdb")
+        if "--eval-split" in command:
+            command[command.index("--run") + 1] = str(place / "trials")
         if "--eval-data" in command:
             command[command.index("--run") + 1] = str(place / "held-out")
     if "bench.py" in command:

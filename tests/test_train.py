@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +15,8 @@ import stages
 import train
 from evaluate import read_csv
 from exo import exo_pref_loss
-from files import UserError, read_tensors
-from model import GPT, GPTConfig, sequence_logprob
+from files import read_tensors
+from model import GPT, sequence_logprob
 
 ROOT = Path(__file__).parent.parent
 
@@ -142,29 +143,22 @@ def test_presets_are_those_of_the_paper():
     assert train.parse(["--preset", "imdb-small", "--align-lr", "0.1"])[0].align_lr == 0.1  # flags win over presets
 
 
-def test_trials_are_evaluated_on_training_prompts_that_no_method_aligns_on_and_named_by_their_learning_rate():
-    settings = ["--smoke", "--preset", "tiny"]
-    cfg = train.parse([*settings, "--eval-split", "train", "--align-lr", "3e-4", "--beta-pi", "0.25"])[0]
+def test_trials_are_evaluated_on_training_prompts_that_no_method_aligns_on_and_named_by_their_learning_rate(smoke, tmp_path):
+    settings = ["--smoke", "--preset", "tiny", "--beta-pi", "0.25"]
+    cfg = train.parse([*settings, "--eval-split", "train", "--align-lr", "3e-4"])[0]
+    assert cfg.run == "runs/tiny-smoke-trials" and train.parse(settings)[0].run == "runs/tiny-smoke"
+    cfg.run = str(tmp_path)
+    for stage in ("sft", "oracle"):
+        shutil.copytree(smoke[0] / stage, tmp_path / stage)
     trial = stages.Run(cfg, torch.device("cpu"), bf16=False)
-    ids = trial.reviews["train"].ids
-    assert trial.prompts(trial.unseen, cfg.eval_prompts) == [ids[64 + i][:6].tolist() for i in range(16)]
-    assert trial.train_prompts() == [ids[i][:6].tolist() for i in range(64)]
+    ids = [review[:6].tolist() for review in trial.reviews["train"].ids]
+    found = read_tensors(stages.reference(trial) / "samples.safetensors")[0]
+    assert stages.prompts_of(found["ids"][:, 0], found["mask"][:, 0]) == ids[:-17:-1]
+    assert found["data_ids"][3, :6].tolist() == ids[-4]
+    assert trial.train_prompts() == ids[:64]
     assert train.name_of(cfg, "exo", "reward", 4, 0) == "exo-reward-k4-betapi0.25-lr0.0003-s0"
     assert train.name_of(cfg, "ppo", "reward", 0, 0) == "ppo-reward-betapi0.25-lr0.0002-s0"
-    assert train.name_of(train.parse(settings)[0], "exo", "preferences", 0, 1) == "exo-preferences-s1"
-
-
-def test_other_weights_under_the_same_name_are_refused(tmp_path):
-    def start_from(seed):
-        torch.manual_seed(seed)
-        GPT(GPTConfig(1, 1, 8, data.tiny_encoding().n_vocab, 72)).save_pretrained(tmp_path / "mine")
-        cfg = train.parse(["--smoke", "--preset", "tiny", "--init", str(tmp_path / "mine"), "--sft-steps", "1",
-                           "--run", str(tmp_path / "run")])[0]
-        return stages.sft(stages.Run(cfg, torch.device("cpu"), bf16=False))
-
-    assert start_from(seed=0) == start_from(seed=0)                  # the second time it is read
-    with pytest.raises(UserError, match="sft was made with weights = .*--run"):
-        start_from(seed=1)
+    assert train.name_of(train.parse(settings)[0], "exo", "preferences", 0, 1) == "exo-preferences-betapi0.25-s1"
 
 
 @pytest.mark.parametrize("folder", ["file", "read only"])

@@ -1,17 +1,19 @@
-"""The reviews: real IMDB or a tiny grammar whose truth is known, as token ids; prompts, rows with masks; downloads.
+"""Token ids to learn from: IMDB's reviews, a tiny grammar whose truth is known, or your own preferences.
 
-A review is a list of token ids.  Its first `prompt_tokens` ids are a prompt, the rest, with the end-of-text id, a response.
-Ids are joined, never strings: a prompt is a prefix of ids, so no token ever merges across its end.
+A review is a list of token ids: its first ids are a prompt, the rest, with the end-of-text id, is a response.
+Ids are joined, never strings: a prompt is a prefix of ids, so no token merges across its end.
 """
 import hashlib
-import http.client
+import json
 import lzma
 import os
 import random
 import re
+import shutil
 import tarfile
 import urllib.request
 import zlib
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,66 +22,71 @@ import tiktoken
 import torch
 from tqdm import tqdm
 
-from files import UserError, read_tensors, write_tensors
-from parallel import on_first
+from checkpoint import read_tensors, write_tensors
+from compute import UserError, on_first
 
-IMDB_URL = "http://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"
-IMDB_SIZE, IMDB_SHA256 = 84_125_825, "c40f74a18d3b61f90feba1e17730e0d38e8b97c05fde7008942e91923d1658fe"
-IMDB_MEMBER = re.compile(r"(?:.*/)?(train|test)/(pos|neg|unsup)/[^/]+\.txt")
-IMDB_LABEL = {"pos": 1, "neg": 0, "unsup": None}
-BUILT_IN = ("tiny", "imdb")                                          # what --data may name beside a user's file
+BUILT_IN = ("tiny", "imdb")                               # what --data can name beside a user's file
 
 
 @dataclass
 class Reviews:
-    ids: list          # of (length,) int32 arrays, the whole review without end-of-text
-    label: np.ndarray  # (n,) int8: 1 positive, 0 negative, -1 unlabelled
-    start: np.ndarray | int = 0                                      # tokens of the prompt: of all reviews, or (n,) of each
+    ids: list                                             # n arrays (length,) int32, without end-of-text
+    label: np.ndarray                                     # (n,) int8: 1 positive, 0 negative, -1 unlabelled
+    start: np.ndarray | int = 0                           # tokens of the prompt: of all, or (n,) of each
 
     def __len__(self):
         return len(self.ids)
 
     def pick(self, index):
-        return Reviews([self.ids[i] for i in index], self.label[index], np.broadcast_to(self.start, len(self))[index])
+        start = np.broadcast_to(self.start, len(self))    # (n,)
+        return Reviews([self.ids[i] for i in index], self.label[index], start[index])
 
 
 def rows(reviews, prompt_tokens, block_size, eos_id):
-    """Reviews (id arrays) -> ids (N, T) int64 and mask (N, T) bool: prompt, response, padding by eos_id up to the longest row.
+    """N sequences of ids -> ids (N, T) int64, mask (N, T) bool.  A row is prompt, response, padding (eos_id).
 
-    prompt_tokens: of all reviews, or (N,) of each.
-    The end-of-text id is appended, and counted in the mask, where there is room for it: a review cut at block_size has none.
+    prompt_tokens: of all, or (N,) of each.  The mask is True on the response and on the end-of-text id that
+    ends it.  A sequence that is cut at block_size has none.
     """
-    rows = [np.append(r, eos_id)[:block_size] for r in reviews]
-    ids = np.full((len(rows), max(map(len, rows))), eos_id, dtype=np.int64)                 # (N, T)
-    for n, row in enumerate(rows):
-        ids[n, :len(row)] = row
-    column, length = np.arange(ids.shape[1]), np.array([len(row) for row in rows])
-    mask = (column >= np.reshape(prompt_tokens, (-1, 1))) & (column < length[:, None])      # (N, T)
+    reviews = [np.append(review, eos_id)[:block_size] for review in reviews]
+    length = np.array([len(review) for review in reviews])                    # (N,)
+    ids = np.full((len(reviews), length.max()), eos_id, dtype=np.int64)       # (N, T)
+    for n, review in enumerate(reviews):
+        ids[n, :len(review)] = review
+    column = np.arange(length.max())                                          # (T,)
+    start = np.reshape(prompt_tokens, (-1, 1))                                # (N, 1), or (1, 1) for all
+    mask = (column >= start) & (column < length[:, None])                     # (N, T)
     return torch.from_numpy(ids), torch.from_numpy(mask)
 
 
-# ---- real reviews ----------------------------------------------------------------------------------------------------------
+# ---- IMDB --------------------------------------------------------------------------------------------------
+
+IMDB_URL = "http://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"
+IMDB_SHA256 = "c40f74a18d3b61f90feba1e17730e0d38e8b97c05fde7008942e91923d1658fe"
+IMDB_MEMBER = re.compile(r"(?:.*/)?(train|test)/(pos|neg|unsup)/[^/]+\.txt")
+IMDB_LABEL = {"pos": 1, "neg": 0, "unsup": None}
+
 
 def read_imdb(paths):
-    """Yields (split, label, text) of each review in IMDB archives (.tar.gz, .tar.xz) or extracted folders, ordered by name.
+    """Yields (split, label, text) of the reviews in IMDB's archives (.tar.gz, .tar.xz) or folders, by name.
 
-    split "train" or "test"; label 1 positive, 0 negative, None unlabelled; text without trailing blanks, <br /> as newline.
-    Archives are read where they are; nothing is extracted.  UserError where one is damaged or not IMDB.
+    split: "train" or "test"; label: 1 positive, 0 negative, None unlabelled; text: <br /> becomes a newline,
+    trailing blanks are cut.  UserError if an archive is damaged, or holds no reviews.
     """
-    for path in [Path(p) for p in ([paths] if isinstance(paths, str | Path) else paths)]:
-        found = sorted((match.groups(), name, text) for name, text in members(path) if (match := IMDB_MEMBER.fullmatch(name)))
-        if not found:
+    if isinstance(paths, str | Path):
+        paths = [paths]
+    for path in paths:
+        texts = dict(members(Path(path)))                 # {name: bytes}
+        matches = [IMDB_MEMBER.fullmatch(name) for name in sorted(texts)]
+        if not any(matches):
             raise UserError(f"{path} holds no reviews: expected files like aclImdb/train/pos/0_9.txt")
-        for (split, kind), name, text in found:
-            try:
-                yield split, IMDB_LABEL[kind], text.decode("utf-8").replace("<br />", "\n").rstrip()
-            except UnicodeDecodeError as error:
-                raise UserError(f"{path}: {name} is not UTF-8 text ({error.reason} at byte {error.start}): take a fresh "
-                                "copy") from error
+        for match in filter(None, matches):
+            text = texts[match[0]].decode("utf-8", errors="replace")
+            yield match[1], IMDB_LABEL[match[2]], text.replace("<br />", "\n").rstrip()
 
 
 def members(path):
-    """Yields (name, bytes) of the files in an archive or below a folder."""
+    """Yields (name, bytes) of the files in an archive, without extracting it, or of a folder's .txt files."""
     if path.is_dir():
         for file in sorted(path.rglob("*.txt")):
             yield f"{path.name}/{file.relative_to(path).as_posix()}", file.read_bytes()
@@ -88,140 +95,137 @@ def members(path):
         with tarfile.open(path) as archive:
             for member in archive:
                 if member.name.startswith("/") or ".." in Path(member.name).parts:
-                    raise UserError(f"{path}: member {member.name} points outside of the archive: take a fresh copy of IMDB")
+                    raise UserError(f"{path}: {member.name} lies outside of the archive: take a fresh copy")
                 if member.isfile():
                     yield member.name, archive.extractfile(member).read()
-            while archive.fileobj.read(1 << 20):                     # to the very end: only there gzip looks at its checksum
+            while archive.fileobj.read(1 << 20):          # gzip checks its checksum only at the very end
                 pass
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist: name IMDB's archives or folders by --imdb") from error
     except (OSError, EOFError, tarfile.TarError, zlib.error, lzma.LZMAError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{path} is damaged or not an archive ({reason}): take a fresh copy") from error
+        raise UserError(f"{path} is missing, damaged or not an archive ({reason}): name IMDB's archives or "
+                        "folders by --imdb, or take a fresh copy") from error
 
 
 def imdb_key(paths, encoding):
-    """Paths of the reviews (IMDB's archive, downloaded once, where none are given) and a hash of what they hold."""
+    """-> paths of the reviews (none given: IMDB's archive, downloaded once), hash of tokenizer and content"""
     if not paths:
-        paths = [fetch(IMDB_URL, cache_folder() / "aclImdb_v1.tar.gz", IMDB_SIZE, IMDB_SHA256,
+        paths = [fetch(IMDB_URL, cache_folder() / "aclImdb_v1.tar.gz", 84_125_825, IMDB_SHA256,
                        hint="name the archive or its extracted folder by --imdb PATH, or use --preset tiny")]
-    paths = list(map(Path, paths))
+    paths = [Path(path) for path in paths]
     digest = hashlib.sha256(encoding.name.encode())
     for path in paths:
         if path.is_file():
             digest.update(file_sha256(path).encode())
-        else:
-            for name, text in members(path):
-                digest.update(name.encode() + hashlib.sha256(text).digest())
+            continue
+        for name, text in members(path):
+            digest.update(name.encode() + hashlib.sha256(text).digest())
     return paths, digest.hexdigest()[:16]
 
 
 def load_imdb(paths, encoding):
-    """Real reviews as ids -> {"train": Reviews, "test": Reviews}.  The tokenized result is cached by content."""
-    flat = {k: v.numpy() for k, v in read_tensors(tokenized(paths, encoding))[0].items()}
-    reviews = Reviews(np.split(flat["ids"], np.cumsum(flat["length"])[:-1]), flat["label"])
-    return {"train": reviews.pick(np.flatnonzero(flat["train"])), "test": reviews.pick(np.flatnonzero(~flat["train"]))}
+    """IMDB's reviews as ids -> {"train": Reviews, "test": Reviews}.  They are tokenized once, and kept."""
+    paths, key = imdb_key(paths, encoding)
+    cached = cache_folder() / f"imdb-{key}.safetensors"
+    tokenize_imdb(paths, encoding, cached)
+    columns = {name: column.numpy() for name, column in read_tensors(cached)[0].items()}
+    ids = np.split(columns["ids"], columns["length"].cumsum()[:-1])
+    reviews = Reviews(ids, columns["label"])
+    train = columns["train"]                              # (n,) bool
+    return {"train": reviews.pick(np.flatnonzero(train)), "test": reviews.pick(np.flatnonzero(~train))}
 
 
 @on_first
-def tokenized(paths, encoding):
-    """The file that holds the reviews' ids, made unless it is there."""
-    paths, key = imdb_key(paths, encoding)
-    cached = cache_folder() / f"imdb-{key}.safetensors"
-    if not cached.exists():
-        split, label, ids, lengths = [], [], [], []
-        texts = list(tqdm(read_imdb(paths), desc="read reviews", unit=" reviews"))
-        for begin in tqdm(range(0, len(texts), 1000), desc=f"tokenize into {cached}", unit="k reviews"):
-            part = texts[begin:begin + 1000]
-            encoded = encoding.encode_ordinary_batch([text for _, _, text in part], num_threads=os.cpu_count())
-            split += [s == "train" for s, _, _ in part]
-            label += [-1 if y is None else y for _, y, _ in part]
-            lengths += map(len, encoded)
-            ids.append(np.concatenate([np.array(e, dtype=np.int32) for e in encoded]))
-        write_tensors(cached, {"ids": torch.from_numpy(np.concatenate(ids)), "length": torch.tensor(lengths),
-                               "label": torch.tensor(label, dtype=torch.int8), "train": torch.tensor(split)})
-    return cached
+def tokenize_imdb(paths, encoding, cached):
+    """Writes the reviews' ids to the file `cached`, unless it is there."""
+    if cached.exists():
+        return
+    ids, labels, train = [], [], []
+    for split, label, text in tqdm(read_imdb(paths), desc=f"tokenize into {cached}", unit=" reviews"):
+        ids.append(np.array(encoding.encode_ordinary(text), dtype=np.int32))
+        labels.append(-1 if label is None else label)
+        train.append(split == "train")
+    length = [len(review) for review in ids]
+    write_tensors(cached, {"ids": torch.from_numpy(np.concatenate(ids)), "length": torch.tensor(length),
+                           "label": torch.tensor(labels, dtype=torch.int8), "train": torch.tensor(train)})
 
 
 def gpt2_encoding():
     """GPT-2's tokenizer; its end-of-text id is 50256."""
     try:
         return tiktoken.get_encoding("gpt2")
-    except Exception as error:                                       # tiktoken lets its network library's errors through
-        raise UserError(f"cannot load GPT-2's tokenizer ({type(error).__name__}): without a network set TIKTOKEN_CACHE_DIR to "
+    except Exception as error:                            # whatever tiktoken's network library raises
+        raise UserError(f"cannot load GPT-2's tokenizer ({type(error).__name__}): set TIKTOKEN_CACHE_DIR to "
                         "a folder that holds its two files, or use --preset tiny") from error
 
 
-# ---- tiny reviews: a grammar with a known truth ----------------------------------------------------------------------------
+# ---- tiny reviews: a grammar with a known truth ------------------------------------------------------------
 #
-# A review is a neutral opening, whose first six words are the prompt, and three to five sentences with one or two opinions each.
-# An opinion is +1, -1 or 0 by independent draws, and  P(label = 1) = sigmoid(sum of opinions):  that sum is the best log-odds.
+# A review is a neutral opening, whose first six words are the prompt, and three to five sentences with one or
+# two opinions each: +1, -1 or 0 by independent draws.  P(label = 1) = sigmoid(sum of opinions), so that the
+# sum is the best possible log-odds.
 
-WHEN = ["Last night", "Last week", "Last summer", "On Friday", "On Sunday", "One evening", "This morning", "Two days"]
+WHEN = "Last night,Last week,Last summer,On Friday,On Sunday,One evening,This morning,Two days".split(",")
 WHO, SAW, THE = ["I", "we", "they"], ["watched", "saw", "rented", "finished"], ["this", "that"]
 FILM = ["film", "movie", "picture", "comedy", "drama"]
 WHERE = ["at home", "with friends", "with my family", "on a train", "in town"]
-ASPECT = ["plot", "acting", "music", "script", "ending", "dialogue", "pacing", "camera", "cast", "humor", "story", "lighting"]
-ADJECTIVE = {+1: ["wonderful", "brilliant", "moving", "charming", "superb", "delightful", "clever", "gripping", "excellent"],
-             -1: ["terrible", "boring", "dull", "awful", "clumsy", "dreadful", "silly", "tedious", "annoying"],
-             0: ["ordinary", "long", "quiet", "simple", "familiar", "modern", "usual"]}
-VERB = {+1: ["loved", "enjoyed", "admired"], -1: ["hated", "disliked", "regretted"], 0: ["noticed", "expected", "remembered"]}
+ASPECT = "plot acting music script ending dialogue pacing camera cast humor story lighting".split()
+ADJECTIVE = {+1: "wonderful brilliant moving charming superb delightful clever gripping excellent".split(),
+             -1: "terrible boring dull awful clumsy dreadful silly tedious annoying".split(),
+             0: "ordinary long quiet simple familiar modern usual".split()}
+VERB = {+1: ["loved", "enjoyed", "admired"], -1: ["hated", "disliked", "regretted"],
+        0: ["noticed", "expected", "remembered"]}
 ADVERB, WHOM = ["really", "quite", "rather", "very"], ["sister", "brother", "friend", "neighbor"]
-# {+} an adjective, {~} a verb, {-} an adjective whose opinion the sentence turns around, {a} an aspect
 SENTENCES = ["The {a} was {adv} {+} .", "The {a} was {+} and the {a} was {+} .", "I {~} the {a} .",
-             "The {a} was not {-} at all .", "Its {+} {a} and its {+} {a} stayed with me .", "My {who} {~} the {+} {a} ."]
-OPINION = {+1: 0.375, -1: 0.375, 0: 0.25}                            # of each slot, independent
-N_SENTENCES = (3, 4, 5)                                              # with these and SENTENCES: six slots on average
+             "The {a} was not {-} at all .", "Its {+} {a} and its {+} {a} stayed with me .",
+             "My {who} {~} the {+} {a} ."]
+NEUTRAL = {"{a}": ASPECT, "{adv}": ADVERB, "{who}": WHOM}
+OPINIONATED = {"{+}": ADJECTIVE, "{~}": VERB, "{-}": ADJECTIVE}       # a sentence turns {-} around
+OPINION = {+1: 0.375, -1: 0.375, 0: 0.25}                 # probabilities in each slot
+N_SENTENCES = (3, 4, 5)                                   # with these and SENTENCES: six slots on average
 
 
 def tiny_reviews(n, seed):
-    """Draws n reviews of the grammar -> texts, labels (n,) int8, opinions (n,) int: the known log-odds of each label."""
-    uniform = random.Random(seed).random                             # random() alone is the same on every Python version
+    """Draws n reviews -> texts, labels (n,) int8, sums of opinions (n,) int64: the labels' known log-odds"""
+    uniform = random.Random(seed).random                  # random() is the same on every Python version
 
-    def pick(words):
-        return words[int(uniform() * len(words))]
+    def pick(choices):
+        return choices[int(uniform() * len(choices))]
 
-    def sentence():
-        """-> its text, the sum of its opinions"""
-        opinions, out = 0, []
-        for word in pick(SENTENCES).split():
-            if word in ("{+}", "{-}", "{~}"):
-                u = uniform()
-                opinion = 1 if u < OPINION[1] else -1 if u < OPINION[1] + OPINION[-1] else 0
-                opinions += -opinion if word == "{-}" else opinion
-                out.append(pick((VERB if word == "{~}" else ADJECTIVE)[opinion]))
-            else:
-                out.append(pick({"{a}": ASPECT, "{adv}": ADVERB, "{who}": WHOM}.get(word, [word])))
-        return " ".join(out), opinions
-
-    texts, labels, counts = [], np.empty(n, np.int8), np.empty(n, np.int64)
+    texts, labels, counts = [], np.empty(n, np.int8), np.zeros(n, np.int64)
     for i in range(n):
-        opening = f"{pick(WHEN)} {pick(WHO)} {pick(SAW)} {pick(THE)} {pick(FILM)} {pick(WHERE)} ."
-        body = [sentence() for _ in range(pick(N_SENTENCES))]
-        texts.append(" ".join([opening, *(text for text, _ in body)]))
-        counts[i] = sum(count for _, count in body)
+        words = [pick(choices) for choices in (WHEN, WHO, SAW, THE, FILM, WHERE)] + ["."]
+        for _ in range(pick(N_SENTENCES)):
+            for word in pick(SENTENCES).split():
+                choices = NEUTRAL.get(word, [word])
+                if word in OPINIONATED:
+                    u = uniform()
+                    opinion = 1 if u < OPINION[1] else -1 if u < OPINION[1] + OPINION[-1] else 0
+                    counts[i] += -opinion if word == "{-}" else opinion
+                    choices = OPINIONATED[word][opinion]
+                words.append(pick(choices))
+        texts.append(" ".join(words))
         labels[i] = uniform() < 1 / (1 + np.exp(-counts[i]))
     return texts, labels, counts
 
 
 def tiny_log_mgf(s):
-    """log E exp(s * opinions) of the grammar, exactly: log Z of the limit at beta = 1/s when the reward is the known truth."""
-    slot = sum(p * np.exp(s * opinion) for opinion, p in OPINION.items())                   # one slot; -1 and +1 are as likely
-    sentence = np.mean([slot ** len(re.findall(r"{[-+~]}", text)) for text in SENTENCES])
+    """log E exp(s * sum of opinions), exactly: the limit's log Z at beta = 1/s if the reward is the truth."""
+    slot = sum(p * np.exp(s * opinion) for opinion, p in OPINION.items())
+    slots = [len(re.findall(r"{[-+~]}", text)) for text in SENTENCES]
+    sentence = np.mean([slot ** n for n in slots])
     return np.log(np.mean([sentence ** n for n in N_SENTENCES]))
 
 
 def tiny_encoding():
-    """A word-level tokenizer in memory: every byte, and every word of the grammar with and without its leading space.
-
-    All 256 bytes are there, so that an unknown word becomes bytes (tiktoken panics on a vocabulary that lacks one).
-    """
-    lists = [WHEN, WHO, SAW, THE, FILM, WHERE, ASPECT, *ADJECTIVE.values(), *VERB.values(), ADVERB, WHOM, SENTENCES]
-    words = sorted({w for words in lists for text in words for w in text.split() if not w.startswith("{")})
-    ranks = {bytes([b]): b for b in range(256)}
-    for word in words:
-        for token in (word.encode(), b" " + word.encode()):
-            ranks.setdefault(token, len(ranks))
+    """A tokenizer of the grammar's words, with and without a leading space; any other word becomes bytes."""
+    opinions = [*ADJECTIVE.values(), *VERB.values()]
+    lists = [WHEN, WHO, SAW, THE, FILM, WHERE, ASPECT, ADVERB, WHOM, SENTENCES, *opinions]
+    words = " ".join(text for texts in lists for text in texts).split()
+    ranks = {bytes([b]): b for b in range(256)}           # tiktoken panics on a vocabulary that lacks a byte
+    for word in sorted(set(words)):
+        if not word.startswith("{"):
+            ranks.setdefault(word.encode(), len(ranks))
+            ranks.setdefault(b" " + word.encode(), len(ranks))
     return tiktoken.Encoding("tiny", pat_str=r" ?\w+| ?[^\s\w]+|\s", mergeable_ranks=ranks,
                              special_tokens={"<|endoftext|>": len(ranks)})
 
@@ -231,47 +235,167 @@ def load_tiny(n_train, n_test, encoding):
     reviews = {}
     for split, n in (("train", n_train), ("test", n_test)):
         texts, labels, _ = tiny_reviews(n, seed=split)
-        reviews[split] = Reviews([np.array(e, dtype=np.int32) for e in encoding.encode_ordinary_batch(texts)], labels)
+        ids = [np.array(review, dtype=np.int32) for review in encoding.encode_ordinary_batch(texts)]
+        reviews[split] = Reviews(ids, labels)
     return reviews
 
 
-# ---- downloads -------------------------------------------------------------------------------------------------------------
+# ---- your own preferences: a .jsonl file, a JSON object on each line, all of one of three kinds ------------
+#
+#     {"prompt": "...", "chosen": "...", "rejected": "..."}
+#     {"chosen": "...", "rejected": "..."}                                   whole texts, prompt included
+#     {"prompt": "...", "responses": ["...", ...], "rewards": [0.3, ...]}    K of each, the same K in all rows
+#
+# Other keys are ignored.  Prompt and response are tokenized apart; no space is put between them.
+
+@dataclass
+class Row:
+    prompt: list                                          # ids
+    responses: list                                       # K lists of ids; of a pair the chosen one is first
+    rewards: list | None                                  # K floats; None for a pair
+    line: int                                             # where the row stands in its file, from 1
+
+
+def read_preferences(path, encoding, prompt_tokens=None):
+    """A .jsonl file -> list of Row.  prompt_tokens: how many a prompt may have at most; None: any number.
+
+    If most rows repeat their prompt at the start of every response, it is cut off.  If a few do, it is not:
+    to the prompt "Hi", "Hi there!" is a response.  One UserError counts faulty rows and names the first ten.
+    """
+    lines = read_lines(path)
+    parsed, faults = {}, {}                               # by line number
+    for number, line in lines.items():
+        try:
+            parsed[number] = parse(line)
+        except UserError as fault:
+            faults[number] = fault
+    repeated = [os.path.commonprefix([prompt, *texts]) == prompt for _, prompt, texts, _ in parsed.values()]
+    cut = 2 * sum(repeated) > len(parsed)
+    first = min(parsed, default=None)
+    rows = []
+    for number, (kind, prompt, texts, rewards) in tqdm(parsed.items(), f"tokenize {path}", delay=2):
+        if cut:
+            texts = [text.removeprefix(prompt) for text in texts]
+        ids = encoding.encode_ordinary(prompt)
+        rows.append(Row(ids, [encoding.encode_ordinary(text) for text in texts], rewards, number))
+        if kind != parsed[first][0]:
+            faults[number] = f"unlike line {first}: all rows must have the same keys and as many responses"
+        elif not all(text.strip() for text in [prompt, *texts]):
+            faults[number] = "empty prompt or response (without a 'prompt', texts must begin with the same)"
+        elif prompt_tokens and len(ids) > prompt_tokens:
+            faults[number] = f"a prompt of {len(ids):,} tokens, more than --prompt-tokens {prompt_tokens}"
+    if faults:
+        them = "them" if len(faults) > 1 else "it"
+        message = [f"{len(faults):,} of {len(lines):,} rows of {path} cannot be used: mend or remove {them}"]
+        message += [f"{path}:{number}: {faults[number]}" for number in sorted(faults)[:10]]
+        raise UserError("\n".join(message))
+    if cut:
+        print(f"{path}: texts begin with their row's prompt, which is cut off")
+    return rows
+
+
+def read_lines(path):
+    """{line number, from 1: line} of a .jsonl file, without blank lines."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path} ({error}): name a .jsonl file in UTF-8") from error
+    if not text.strip() or text.lstrip().startswith("["):
+        content = "one JSON array" if text.strip() else "empty"
+        raise UserError(f"{path} is {content}: write a JSON object on each line")
+    return {number: line for number, line in enumerate(text.split("\n"), 1) if line.strip()}
+
+
+def parse(line):
+    """A line -> kind, prompt, responses (K texts), rewards (K floats, or None).  UserError if faulty."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"not JSON ({error.msg}: column {error.colno})") from error
+    if not isinstance(row, dict):
+        raise UserError('not an object like {"prompt": ...}')
+    scored = "responses" in row
+    for key in ("prompt", "responses", "rewards") if scored else ("chosen", "rejected"):
+        if key not in row:
+            raise UserError(f"missing key '{key}'")
+    texts = row["responses"] if scored else [row["chosen"], row["rejected"]]
+    rewards = row["rewards"] if scored else [1, 0]
+    if not (isinstance(texts, list) and isinstance(rewards, list) and len(texts) == len(rewards) > 1):
+        raise UserError("'responses' and 'rewards' must be lists of the same length, at least 2")
+    if not all(isinstance(text, str) for text in [row.get("prompt", ""), *texts]):
+        raise UserError("prompt and responses must be text: make one of chat messages, by your chat template")
+    if not all(isinstance(reward, int | float) and abs(reward) < 1e38 for reward in rewards):
+        raise UserError("the rewards must be numbers, finite in float32")     # NaN is not below 1e38 either
+    if not scored and texts[0] == texts[1]:
+        raise UserError("'chosen' and 'rejected' are equal")
+    # Whole texts' prompt: to hh-rlhf's last "Assistant:" in both, or before their last shared blank.  A token
+    # begins at a blank, and so the joined ids are those of the whole text.
+    shared = re.match(r".*\n\nAssistant:|.*(?=\s)|", os.path.commonprefix(texts), re.DOTALL)
+    prompt = row.get("prompt", shared[0])
+    kind = ("prompt" in row, scored, len(texts))          # the same in all rows
+    return kind, prompt, texts, [float(reward) for reward in rewards] if scored else None
+
+
+def best_first(rows):
+    """The rows with their best response first, the worst second.  Rows of equal rewards are left out."""
+    ordered = []
+    for row in rows:
+        rewards = row.rewards or [1.0, 0.0]               # of a pair
+        best = rewards.index(max(rewards))
+        worst = rewards.index(min(rewards))
+        if best != worst:
+            order = [best, worst, *(i for i in range(len(rewards)) if i not in (best, worst))]
+            responses = [row.responses[i] for i in order]
+            rewards = row.rewards and [rewards[i] for i in order]
+            ordered.append(Row(row.prompt, responses, rewards, row.line))
+    if not ordered:
+        raise UserError("in all rows to train on, or in all held out, the rewards are equal: add other rows")
+    return ordered
+
+
+def split_rows(rows, held_out, seed=0):
+    """-> rows to train on, rows held out, both in their order; a prompt's rows are all on one side.
+
+    held_out: a share of the rows in (0, 1), met as closely as whole prompts allow.  Which prompts are held
+    out depends on the seed and on the prompts, not on the order of the rows.
+    """
+    count = Counter(tuple(row.prompt) for row in rows)
+    if len(count) < 2:
+        raise UserError("all rows have the same prompt, so none can be held out: add rows of other prompts")
+    order = sorted(count, key=lambda prompt: hashlib.sha256(repr((seed, prompt)).encode()).digest())
+    left = held_out * len(rows)
+    held = set()
+    for prompt in order[:-1]:                             # one prompt is always trained on
+        if count[prompt] < 2 * left:                      # it brings the share closer
+            held.add(prompt)
+            left -= count[prompt]
+    held = held or {min(order, key=count.get)}
+    train = [row for row in rows if tuple(row.prompt) not in held]
+    return train, [row for row in rows if tuple(row.prompt) in held]
+
+
+# ---- downloads ---------------------------------------------------------------------------------------------
 
 @on_first
-def fetch(url, path, size=None, sha256=None, hint=""):
-    """Downloads `url` to `path` unless it is there, whole: size and sha256 are checked, and a bad file is never kept.
+def fetch(url, path, size, sha256=None, hint="try again"):
+    """Downloads `url` to `path`, unless it is there.  A file of another size or sha256 is never kept."""
+    def whole(file):
+        return file.stat().st_size == size and (sha256 is None or file_sha256(file) == sha256)
 
-    Without a sha256 the server's etag serves, where that is one.  `hint` tells a user without a network what to do.
-    """
-    path, linked = Path(path), []
-
-    class Redirect(urllib.request.HTTPRedirectHandler):              # the first answer of a model hub names the file's sha256
-        def redirect_request(self, req, fp, code, msg, headers, newurl):
-            linked.append(headers.get("X-Linked-Etag", ""))
-            return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-    if path.exists() and (size is None or path.stat().st_size == size) and (sha256 is None or file_sha256(path) == sha256):
+    if path.exists() and whole(path):
         return path
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.build_opener(Redirect).open(url, timeout=30) as source, open(part, "wb") as target:
-            etags = [*linked, source.headers.get("ETag", "")]
-            total = int(source.headers.get("Content-Length") or 0) or size
-            with tqdm(desc=f"download {path.name} to {path.parent}", total=total, unit="B", unit_scale=True) as bar:
-                while block := source.read(1 << 20):
-                    target.write(block)
-                    bar.update(len(block))
-        expected = sha256 or next((e.strip('W/"') for e in etags if re.fullmatch(r'(W/)?"?[0-9a-f]{64}"?', e)), None)
-        got = file_sha256(part)
-        if expected is not None and got != expected:
-            raise UserError(f"{url}: checksum mismatch, expected {expected}, got {got}: the file was not kept, try again")
-        if size is not None and part.stat().st_size != size:
-            raise UserError(f"{url}: expected {size:,} bytes, got {part.stat().st_size:,}: not kept, try again")
+        with urllib.request.urlopen(url, timeout=30) as source, open(part, "wb") as target:
+            with tqdm.wrapattr(source, "read", total=size, desc=f"download {path}") as body:
+                shutil.copyfileobj(body, target)
+        if not whole(part):
+            raise UserError(f"{url} did not send the {size:,} bytes expected: nothing was kept, try again")
         os.replace(part, path)
         return path
-    except (OSError, http.client.HTTPException) as error:            # URLError is an OSError
-        raise UserError(f"cannot download {url} ({getattr(error, 'reason', error)}){': ' + hint if hint else ''}") from error
+    except OSError as error:
+        raise UserError(f"cannot download {url} ({error}): {hint}") from error
     finally:
         part.unlink(missing_ok=True)
 

@@ -1,286 +1,356 @@
-"""Figures and tables of a run folder, with one look for all: python evaluate.py RUN draws them again.
+"""Figures and the table of a run folder, drawn again by:  python figures.py runs/tiny
 
-frontier: reward against KL (paper, Figure 2), with the limit and best-of-n.  accuracy: the same with accuracy (Figure 7).  curves:
-reward on the way, with its standard deviation within prompts (Figure 8).  density: pi / pi_sft against log pi_sft (Figures 3, 9).
-Each has a csv beside it; table.csv holds the last checkpoints, the share of the limit and the win rates (Tables 1, 2).
+frontier.png: reward against KL, the limit, best-of-n (paper, Figure 2); where that leaves alignments out,
+frontier-all.png.  accuracy.png: Figure 7.  curves.png: reward on the way and its spread (Figure 8).
+density.png: pi / pi_sft against log pi_sft (Figures 3, 9).  table.csv: Tables 1, 2.  The numbers of a figure
+are in a csv of its name.
 """
 import argparse
 import csv
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
-import matplotlib
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  the backend must be chosen first
+import evaluate
+import stages
+from checkpoint import atomic, read_json, read_tensors
+from compute import UserError, rank, rng
+from model import respond, sequence_logprob
+from run import alignments, open_run
 
-import evaluate  # noqa: E402
-import stages  # noqa: E402
-from checkpoint import rng  # noqa: E402
-from evaluate import COLORS, read_csv  # noqa: E402
-from files import UserError, atomic, read_json, read_tensors  # noqa: E402
-from model import respond, sequence_logprob  # noqa: E402
-from parallel import rank  # noqa: E402
-
-SHARES = (0.5, 1, 2, 4)                                              # nats at which the share of the limit is told
-
-
-def alignments(folder, unfinished=False):
-    """The finished alignments of a run: {name without its seed: [(folder, rows of eval.csv), one a seed]}."""
-    found = {}
-    for path in sorted(folder.glob("*-s*/eval.csv")):
-        if unfinished or "done" in read_json(path.parent / "stage.json"):
-            found.setdefault(path.parent.name.rsplit("-s", 1)[0], []).append((path.parent, read_csv(path)))
-    return found
+# One colour a method in every figure (Okabe and Ito's palette: colour-blind readers can tell them apart).
+COLORS = {"exo": "#0072B2", "dpo": "#D55E00", "ppo": "#009E73", "xpo": "#CC79A7", "online-dpo": "#E69F00",
+          "best-of-n": "#56B4E9", "sft": "#7F7F7F", "limit": "#000000"}
+NAMES = {"exo": "EXO", "dpo": "DPO", "ppo": "PPO", "xpo": "XPO", "online-dpo": "online DPO",
+         "beta_pi": "βπ", "beta_r": "βr", "alpha": "α"}
+MARKERS = {2: "v", 4: "o", 8: "^"}                      # of K
+FILLS = ("full", "none", "left", "right", "top", "bottom")
+KL_AXIS = "KL$(\\pi \\,\\|\\, \\pi_{sft})$, nats a sequence"
 
 
-def label(name):
-    for short, long in (("online-dpo-preferences", "online DPO"), ("xpo-preferences", "XPO"), ("ppo-reward", "PPO"),
-                        ("exo", "EXO"), ("dpo", "DPO"), ("-preferences", "-pref"), ("-reward", "-rw"),
-                        ("-k", " K="), ("-beta", " β"), ("-alpha", " α"), ("-lr", " lr ")):
-        name = name.replace(short, long)
-    return name
+# ---- the lines of a figure ---------------------------------------------------------------------------------
+
+class Group:
+    """Alignments that differ in their seeds alone: one line.
+
+    family: (method, feedback, K).  relatives: `about` of every group of this family.
+    """
+
+    def __init__(self, members, family, relatives):
+        self.members, self.family = members, family
+        about = members[0].about
+        method, feedback, K = family
+        self.label = NAMES[method]
+        if method in ("exo", "dpo"):
+            self.label += "-rw" if feedback == "reward" else "-pref"
+        if K:
+            self.label += f" K={K}"
+        for name, value in about.items():
+            if name != "seed" and any(other.get(name) != value for other in relatives):
+                self.label += f" {NAMES.get(name, name)}={value}"
+        self.look = {"color": COLORS[method], "linestyle": "--" if feedback == "preferences" else "-",
+                     "linewidth": 1.4, "marker": MARKERS.get(K, "s"), "markersize": 4.5,
+                     "fillstyle": FILLS[relatives.index(about) % len(FILLS)]}
+        self.seeds = []                                 # for each eval.csv's rows, and what figures' csv add
+        for one in members:
+            names = {"run": one.folder.name, "curve": self.label, "seed": one.about["seed"]}
+            self.seeds.append([names | row | {"beta_or_n_or_step": row["step"]} for row in one.rows])
 
 
-def style(name):
-    """One colour a method, broken lines for pairs, one marker a K."""
-    marker = {"k2": "v", "k4": "o", "k8": "^"}.get(next((p for p in name.split("-") if p in ("k2", "k4", "k8")), ""), "s")
-    return {"color": next(COLORS[m] for m in COLORS if name.startswith(m)), "ls": "--" if "preferences" in name else "-",
-            "marker": marker, "ms": 4, "lw": 1.3}
+def grouped(aligned):
+    """A list of run.Aligned -> groups."""
+    families = {}
+    for one in aligned:
+        about = one.about
+        family = (one.method, about["feedback"], about["K"])
+        settings = frozenset(item for item in about.items() if item[0] != "seed")
+        families.setdefault(family, {}).setdefault(settings, []).append(one)
+    groups = []
+    for family, by_settings in families.items():
+        relatives = [members[0].about for members in by_settings.values()]
+        groups += [Group(members, family, relatives) for members in by_settings.values()]
+    return groups
 
 
-def final_samples(path):
-    return read_tensors(path / read_json(path / "stage.json")["done"]["final"] / "samples.safetensors")[0]
+def selected(groups, most=4):
+    """The lines of a figure that has few: one a method, then others while there is room.
 
+    Of a method: rewards before pairs, K = 4 before others, then the group with most seeds.
+    """
+    def order(group):
+        _, feedback, K = group.family
+        return feedback != "reward", K != 4, -len(group.members)
+
+    ordered = sorted(groups, key=order)
+    first = {group.family[0]: group for group in reversed(ordered)}             # the last to enter stays
+    chosen = [first[method] for method in NAMES if method in first]
+    chosen += [group for group in ordered if group not in chosen]
+    return chosen[:most]
+
+
+def rows_of(groups):
+    return [row for group in groups for rows in group.seeds for row in rows]
+
+
+# ---- figures -----------------------------------------------------------------------------------------------
 
 def draw(run):
-    """Draws everything that the run holds, and prints its table."""
-    found = alignments(run.folder)
-    prompts = "held-out prompts" if run.own else "test prompts" if run.cfg.eval_split == "test" else "training prompts"
-    limits = sorted(run.folder.glob("limit-*/rewards.safetensors"), key=lambda p: p.stat().st_size)
-    if not found or not limits:
+    """Draws everything that the run holds, writes its table and prints a part of it."""
+    aligned = alignments(run.folder)
+    limits = sorted(run.folder.glob("limit-*/rewards.safetensors"), key=lambda path: path.stat().st_size)
+    if not aligned or not limits:
         raise UserError(f"{run.folder} holds no finished alignment yet: run train.py first")
-    rewards = read_tensors(limits[-1])[0]["reward"].numpy()                                 # (P, M)
-    curve = evaluate.limit_curve(rewards)
-    frontier(run.folder, found, rewards, curve, reward_axis(run), prompts)
-    if not run.own:                                                  # accuracy is the oracle's probability
-        accuracy(run.folder, found, prompts)
-    curves(run.folder, found, reward_axis(run))
-    density(run, found)
-    table(run, found, rewards, curve)
+    limit_reward = read_tensors(limits[-1])[0]["reward"].numpy()                # (P, M)
+    curve = evaluate.limit_curve(limit_reward)
+    groups = grouped(aligned)
+    frontier(run, groups, limit_reward, curve)
+    if not run.own:                                     # accuracy is the oracle's probability
+        accuracy(run, groups)
+    curves(run, groups)
+    density(run, selected([group for group in groups if group.family[0] in ("exo", "dpo")]))
+    table(run, aligned, limit_reward, curve)
+
+
+def progress(run):
+    """Draws curves.png while a run goes on, with the alignment under way."""
+    if rank() == 0:
+        curves(run, grouped(alignments(run.folder, unfinished=True)))
 
 
 def reward_axis(run):
     return "reward model's reward" if run.own else "oracle reward, log-odds of positive"
 
 
-def progress(run):
-    """curves.png while a run goes on, with the alignment under way."""
-    if rank() == 0:
-        curves(run.folder, alignments(run.folder, unfinished=True), reward_axis(run))
+def canvas(run, title, xlabel, *ylabels):
+    """A figure with a panel for each ylabel.  -> figure, axes, ..."""
+    figure = Figure(figsize=(3 + 4 * len(ylabels), 4.6), layout="constrained")
+    prompts = "training prompts" if run.cfg.eval_split == "train" else "held-out prompts"
+    figure.suptitle(f"{run.folder.name}: {title} {prompts}")
+    panels = figure.subplots(1, len(ylabels), squeeze=False)[0]
+    for axes, ylabel in zip(panels, ylabels):
+        axes.set(xlabel=xlabel, ylabel=ylabel)
+        axes.grid(alpha=0.25)
+    return figure, *panels
 
 
-# ---- figures ---------------------------------------------------------------------------------------------------------------
+def plot(axes, group, x, y):
+    """Two columns of a group's rows: the mean over seeds, in a band from the lowest to the highest."""
+    seeds = [[row for row in rows if x in row and y in row] for rows in group.seeds]
+    seeds = [rows for rows in seeds if len(rows) == len(seeds[0])]              # one under way has fewer
+    xs = np.array([[row[x] for row in rows] for rows in seeds])                 # (seeds, checkpoints)
+    ys = np.array([[row[y] for row in rows] for rows in seeds])                 # (seeds, checkpoints)
+    text = group.label if len(seeds) == 1 else f"{group.label}, {len(seeds)} seeds"
+    axes.plot(xs.mean(0), ys.mean(0), label=text, **group.look)
+    axes.fill_between(xs.mean(0), ys.min(0), ys.max(0), color=group.look["color"], alpha=0.15, linewidth=0)
 
-def canvas(title, xlabel, ylabel):
-    figure, axes = plt.subplots(figsize=(7, 4.6), layout="constrained")
-    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
-    axes.grid(alpha=0.25)
-    return figure, axes
 
-
-def save(figure, path, rows):
-    figure.axes[0].legend(fontsize=8)
+def save(figure, path):
+    """Adds the legend, beside the panels where it would hide too much, and writes the picture."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    if len(figure.axes) == 1 and len(labels) <= 6:
+        figure.axes[0].legend(fontsize=8, handlelength=3)
+    else:
+        figure.set_figwidth(figure.get_figwidth() + 2)
+        figure.legend(handles, labels, loc="outside right center", fontsize=8, handlelength=3)
     with atomic(path) as file:
         figure.savefig(file, dpi=160, format="png")
-    plt.close(figure)
-    write_csv(path.with_suffix(".csv"), rows)
 
 
-def write_csv(path, rows):
+def write_csv(path, columns, rows):
     with atomic(path, "w") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 
 
-def plot(axes, name, runs, x, y):
-    """A method's checkpoints: the mean over seeds, and a band from the lowest to the highest."""
-    runs = [one for one in runs if len(one[1]) == len(runs[0][1])]   # seeds with as many checkpoints as the first
-    xs, ys = (np.array([[row[k] for row in rows] for _, rows in runs]) for k in (x, y))     # (seeds, checkpoints)
-    axes.plot(xs.mean(0), ys.mean(0), label=label(name) + (f", {len(runs)} seeds" if len(runs) > 1 else ""), **style(name))
-    if len(runs) > 1:
-        axes.fill_between(xs.mean(0), ys.min(0), ys.max(0), color=style(name)["color"], alpha=0.15, lw=0)
+def frontier(run, groups, limit_reward, curve):
+    """Figure 2: checkpoints, the limit where it is supported, best-of-n.  limit_reward: (P, M) of pi_sft"""
+    limit, best = [], []
+    for beta, kl, reward, drawn in zip(curve["beta"], curve["kl"], curve["reward"], curve["supported"]):
+        if drawn:
+            limit.append({"curve": "limit", "kl": kl, "reward": reward, "beta_or_n_or_step": beta})
+    for n in (1, 2, 4, 8, 16, 32, 64):
+        if n <= limit_reward.shape[1]:
+            kl, reward = evaluate.best_of_n(limit_reward, n)
+            best.append({"curve": "best-of-n", "kl": kl, "reward": reward, "beta_or_n_or_step": n})
+    columns = ("curve", "seed", "kl", "reward", "beta_or_n_or_step")
+    write_csv(run.folder / "frontier.csv", columns, limit + best + rows_of(groups))
+    few = selected(groups)
+    judge = "reward model" if run.own else "oracle"
+    limit_label = f"the limit: $\\pi^*_\\beta$ over $\\beta$ (on {len(limit_reward)} of the prompts)"
+    lines = [("limit", "-", limit_label, limit),
+             ("best-of-n", ".:", f"best of n by the {judge} (KL: upper bound)", best)]
+    frontier_picture(run, run.folder / "frontier.png", few, lines)
+    if len(few) < len(groups):
+        frontier_picture(run, run.folder / "frontier-all.png", groups, lines)
 
 
-KL_AXIS = "KL$(\\pi \\,\\|\\, \\pi_{sft})$, nats a sequence"
+def frontier_picture(run, path, groups, lines):
+    """These groups, and lines of (name, style, label, rows) as far as the groups go."""
+    figure, axes = canvas(run, "reward against KL on", KL_AXIS, reward_axis(run))
+    furthest = 1.1 * max(row["kl"] for row in rows_of(groups))
+    for name, style, text, rows in lines:
+        near = [row for row in rows if row["kl"] <= furthest]
+        kl = [row["kl"] for row in near]
+        reward = [row["reward"] for row in near]
+        axes.plot(kl, reward, style, color=COLORS[name], label=text, linewidth=1.8)
+    for group in groups:
+        plot(axes, group, "kl", "reward")
+    save(figure, path)
 
 
-def frontier(folder, found, rewards, curve, judge, prompts):
-    """Figure 2: every method's checkpoints, the limit where it is supported, best-of-n.  rewards: (P, M) of pi_sft"""
-    figure, axes = canvas(f"{folder.name}: reward against KL, {prompts}", KL_AXIS, judge)
-    on = curve["supported"]
-    limit = f"the limit: $\\pi^*_\\beta$ over $\\beta$ (on {len(rewards)} of the prompts)"
-    axes.plot(curve["kl"][on], curve["reward"][on], color=COLORS["limit"], lw=1.6, label=limit)
-    best = [(2 ** i, *evaluate.best_of_n(rewards, 2 ** i)) for i in range(7) if 2 ** i <= rewards.shape[1]]
-    axes.plot(*np.array(best)[:, 1:].T, color=COLORS["best-of-n"], marker=".", ls=":", label="best of n, 1 to 64 (KL: upper bound)")
-    lines = [{"curve": "limit", "seed": "", "kl": k, "reward": r, "beta_or_n_or_step": b}
-             for b, k, r, s in zip(*(curve[c] for c in ("beta", "kl", "reward", "supported"))) if s]
-    lines += [{"curve": "best-of-n", "seed": "", "kl": k, "reward": r, "beta_or_n_or_step": n} for n, k, r in best]
-    for name, runs in found.items():
-        plot(axes, name, runs, "kl", "reward")
-        lines += [{"curve": name, "seed": path.name.rsplit("-s", 1)[1], "kl": row["kl"], "reward": row["reward"],
-                   "beta_or_n_or_step": row["step"]} for path, rows in runs for row in rows]
-    furthest = max(row["kl"] for runs in found.values() for _, rows in runs for row in rows)
-    axes.set_xlim(-0.02 * furthest, max(1.1 * furthest, 0.1))
-    save(figure, folder / "frontier.png", lines)
+def accuracy(run, groups):
+    """Figure 7: the mean of the oracle's P(positive) against KL."""
+    figure, axes = canvas(run, "accuracy against KL on", KL_AXIS, "mean P(positive) by the oracle")
+    for group in selected(groups):
+        plot(axes, group, "kl", "accuracy")
+    save(figure, run.folder / "accuracy.png")
+    write_csv(run.folder / "accuracy.csv", ("run", "step", "kl", "accuracy"), rows_of(groups))
 
 
-def accuracy(folder, found, prompts):
-    figure, axes = canvas(f"{folder.name}: accuracy against KL, {prompts}", KL_AXIS, "mean P(positive) by the oracle")
-    for name, runs in found.items():
-        plot(axes, name, runs, "kl", "accuracy")
-    save(figure, folder / "accuracy.png", [{"run": path.name, "step": row["step"], "kl": row["kl"], "accuracy": row["accuracy"]}
-                                           for runs in found.values() for path, rows in runs for row in rows])
-
-
-def curves(folder, found, judge):
-    """Figure 8: reward on the way for one seed of each method; the bars are the spread of a prompt's responses."""
-    figure, axes = canvas(f"{folder.name}: reward on the way; bars: one standard deviation within prompts", "share of the training",
-                          judge)
-    lines = []
-    for shift, (name, runs) in enumerate(found.items()):
-        path, rows = runs[0]
-        share = np.arange(1, len(rows)) / read_json(path / "stage.json")["settings"]["checkpoints"]
-        spread = []
-        for row in rows[1:]:
-            samples = read_tensors(path / f"step-{int(row['step']):05d}" / "samples.safetensors")[0]
-            spread.append(float(stages.within_prompt_sd(samples["reward"])))
-            lines.append({"run": path.name, "step": row["step"], "reward": row["reward"], "within_prompt_sd": spread[-1]})
-        axes.errorbar(share + 0.006 * shift, [row["reward"] for row in rows[1:]], yerr=spread, capsize=2,
-                      elinewidth=0.7, label=label(name), **style(name))
-    save(figure, folder / "curves.png", lines)
+def curves(run, groups):
+    """Figure 8: reward on the way, and a response's standard deviation around its prompt's mean."""
+    for group in groups:
+        for one, rows in zip(group.members, group.seeds):
+            checkpoints = read_json(one.folder / "stage.json")["settings"]["checkpoints"]
+            for number, row in enumerate(rows[1:], 1):  # the first is pi_sft's
+                samples = read_tensors(one.folder / f"step-{int(row['step']):05d}" / "samples.safetensors")[0]
+                row["share"] = number / checkpoints
+                row["within_prompt_sd"] = float(stages.within_prompt_sd(samples["reward"]))
+    figure, reward, spread = canvas(run, "reward during training, on", "share of the training",
+                                    reward_axis(run), "standard deviation of a prompt's rewards")
+    for group in groups:
+        plot(reward, group, "share", "reward")
+        plot(spread, group, "share", "within_prompt_sd")
+    save(figure, run.folder / "curves.png")
+    later = [row for row in rows_of(groups) if row["step"] > 0]
+    write_csv(run.folder / "curves.csv", ("run", "step", "reward", "within_prompt_sd"), later)
 
 
 @torch.no_grad()
-def density(run, found, beta=None):
-    """Weights of M responses of pi_sft to one prompt under each final policy (h = log pi - log pi_sft) and under pi*_beta."""
-    cfg, policy = run.cfg, run.policy(run.folder / "sft")
+def density(run, groups):
+    """Figures 3, 9: the weights of M responses of pi_sft to one prompt under the policies and pi*_beta."""
+    cfg = run.cfg
     M = min(2048, 2 * cfg.limit_responses)
-    beta = beta or max(cfg.beta_pi * cfg.beta_r, 0.5)                # ours: at a smaller one a few responses carry all weight
-    path = run.folder / "reference" / "samples.safetensors"
-    first = read_tensors(path)[0]
-    prompt = stages.prompts_of(first["ids"][0, :1], first["mask"][0, :1])[0]
-    policies = {name: run.policy(runs[0][0] / read_json(runs[0][0] / "stage.json")["done"]["final"])
-                for name, runs in found.items() if name.startswith(("exo", "dpo"))} | {"sft": policy}
+    beta = max(cfg.beta_pi * cfg.beta_r, 0.5)           # ours: at a smaller one few responses weigh all
+    samples = read_tensors(run.folder / "reference" / "samples.safetensors")[0]
+    prompt = stages.prompts_of(samples["ids"][0, :1], samples["mask"][0, :1])[0]
+    policies = {group.label: run.policy(group.members[0].last) for group in groups}
+    ref = policies["ref"] = run.policy(run.folder / "sft")
     score = stages.judge(run, run.folder / ("reward_model" if run.own else "oracle"))
 
-    def columns(ids, mask):
-        return {"optimum": score(ids, mask) / beta} | {
-            name: sequence_logprob(policy, ids, mask, cfg.temperature) for name, policy in policies.items()}    # (n,) each
+    def measure(ids, mask):                             # (n,) each
+        columns = {"optimum": score(ids, mask) / beta}
+        for name, policy in policies.items():
+            columns[name] = sequence_logprob(policy, ids, mask, cfg.temperature)
+        return columns
 
-    drawn = respond(policy, [prompt] * M, cfg.new_tokens, cfg.temperature, run.eos_id, rng("density"), cfg.sample_batch, columns)
-    drawn = {name: drawn[name].double().numpy() for name in ("optimum", *policies)}         # (M,) each
-    s = drawn.pop("sft")                                             # log pi_sft
-    exponents = {name: x if name == "optimum" else x - s for name, x in drawn.items()}
-    figure, axes = canvas(f"{run.folder.name}: density ratio to $\\pi_{{sft}}$, the first prompt of samples.md",
-                          "$\\log \\pi_{sft}$ of a response, nats", "$\\pi / \\pi_{sft}$ (kernel estimate)")
-    grid, lines = np.linspace(*np.percentile(s, [2, 98]), 100), []
-    for name, exponent in exponents.items():
-        weight = np.exp(exponent - np.logaddexp.reduce(exponent))                           # (M,)
-        ratio, ess = evaluate.density_ratio(s, weight, grid), 1 / (weight ** 2).sum()
-        look = {"color": COLORS["limit"], "lw": 1.6} if name == "optimum" else style(name) | {"markevery": 9}
-        curve = f"$\\pi^*_\\beta$, β = {beta:g}" if name == "optimum" else label(name)
-        axes.plot(grid, ratio, label=f"{curve} (effective samples {ess:.0f} of {M})", **look)
-        lines += [{"curve": name, "log_ref": g, "ratio": r, "effective_samples": ess} for g, r in zip(grid, ratio)]
-    axes.axhline(1, color=COLORS["sft"], lw=0.8)
-    axes.set_yscale("log")
-    save(figure, run.folder / "density.png", lines)
+    drawn = respond(ref, [prompt] * M, cfg.new_tokens, cfg.temperature, run.eos_id, rng("density"),
+                    cfg.sample_batch, measure)                                  # (M,) each
+    ref_logp = drawn["ref"].double().numpy()
+    grid = np.linspace(*np.percentile(ref_logp, [2, 98]), 100)                  # (G,)
+    looks = {"optimum": {"color": COLORS["limit"], "linewidth": 1.8}}
+    looks |= {group.label: group.look | {"markevery": 9} for group in groups}
+    figure, axes = canvas(run, "density ratio to $\\pi_{sft}$ on the first of the",
+                          "$\\log \\pi_{sft}$ of a response, nats", "$\\pi / \\pi_{sft}$")
+    rows = []
+    for name, look in looks.items():
+        exponent = drawn[name].double().numpy()         # log pi / pi_sft, up to a constant
+        if name != "optimum":
+            exponent = exponent - ref_logp
+        weight = np.exp(exponent - np.logaddexp.reduce(exponent))               # (M,), sums to 1
+        ess = 1 / (weight ** 2).sum()
+        ratio = evaluate.density_ratio(ref_logp, weight, grid)                  # (G,)
+        text = f"$\\pi^*_\\beta$, β = {beta:g}" if name == "optimum" else name
+        axes.plot(grid, ratio, label=f"{text} (effective samples {ess:.0f} of {M})", **look)
+        for at, value in zip(grid, ratio):
+            rows.append({"curve": name, "log_ref": at, "ratio": value, "effective_samples": ess})
+    axes.axhline(1, color=COLORS["sft"], linewidth=0.8)
+    axes.set_yscale("log", base=2)
+    axes.yaxis.set_major_formatter("{x:g}")
+    save(figure, run.folder / "density.png")
+    write_csv(run.folder / "density.csv", list(rows[0]), rows)
 
 
-# ---- the table and the samples -----------------------------------------------------------------------------------------------
+# ---- the table and the samples -----------------------------------------------------------------------------
 
 @torch.no_grad()
-def win_rates(run, samples, before, score):
-    """Against pi_sft's responses and against the data's own, by the oracle and by the reward model, as far as they are there."""
-    rates = {"wins_sft": evaluate.win_rate(samples["reward"], before["reward"]),
-             "wins_data": evaluate.win_rate(samples["reward"], before["data_reward"][:, None])}
-    rates = {f"{name}_{'rm' if run.own else 'oracle'}": rate for name, rate in rates.items()}
-    if score and not run.own:
-        def scored(ids, mask):
-            both = zip(ids.flatten(0, -2).split(256), mask.flatten(0, -2).split(256))
-            return torch.cat([score(i.long().to(run.device), m.to(run.device)).cpu() for i, m in both]).view(ids.shape[:-1])
-        ours, sft = scored(samples["ids"], samples["mask"]), scored(before["ids"], before["mask"])
-        rates["wins_sft_rm"] = evaluate.win_rate(ours, sft)
-        rates["wins_data_rm"] = evaluate.win_rate(ours, scored(before["data_ids"], before["data_mask"])[:, None])
-    return rates
+def table(run, aligned, limit_reward, curve):
+    """A row an alignment: its last checkpoint, share of the limit on the way, gap to it, win rates."""
+    judge, trained = "rm" if run.own else "oracle", run.folder / "reward_model"
+    score = None
+    if not run.own and (trained / "report.json").exists():              # a second opinion
+        score = stages.reward_function(run, trained)
 
+    def rewards(samples, prefix=""):                    # by the judge and by the reward model
+        by = {judge: samples[f"{prefix}reward"]}
+        if score:
+            by["rm"] = scored(run, score, samples[f"{prefix}ids"], samples[f"{prefix}mask"])
+        return by
 
-def table(run, found, rewards, curve):
-    """Prints and writes a row a run: its last checkpoint, the share of the limit on the way, the gap to it, the win rates."""
-    lines, P = [], len(rewards)
     before = read_tensors(run.folder / "reference" / "samples.safetensors")[0]
-    trained = run.folder / "reward_model"
-    score = stages.reward_function(run, trained) if (trained / "report.json").exists() else None
-    for path, rows in (one for runs in found.values() for one in runs):
-        samples = final_samples(path)
-        gap = evaluate.gap_to_limit(rewards, samples["reward"][:P].mean(1).numpy(), samples["kl"][:P].mean(1).numpy())
-        line = {"run": path.name} | rows[-1] | {f"share_at_{k:g}": evaluate.share_of_limit(k, rows, curve) for k in SHARES}
-        end = min(rows[-1]["kl"], curve["kl"][curve["supported"]].max(initial=0))
-        line["share_at_end"] = evaluate.share_of_limit(end, rows, curve)
-        line |= {k: gap[k] if gap and gap["supported"] else None for k in ("gap", "se", "bias", "beta")}
-        lines.append(line | win_rates(run, samples, before, score))
-    write_csv(run.folder / "table.csv", lines)
-    start = next(iter(found.values()))[0][1][0]
-    wins = "rm" if run.own else "oracle"
-    print(f"\n{'':28} {'':13} {'':13} {'':6} {'':6} {'':7}  {'share of the limit at KL':28} {'gap to':>7} {f'wins, {wins}':>13}")
-    print(f"{'':28} {'reward':>13} {'KL, nats':>13} {'length':>6} {'ended':>6} {'dist-2':>7}   0.5     1     2     4   end "
-          f"{'limit':>8} {'π_sft':>6} {'data':>6}")
-    print(f"{'pi_sft':28} {start['reward']:6.2f} ± {start['reward_se']:.2f} {0:6.2f} {'':6} {start['length']:6.1f} "
-          f"{start['ended']:6.0%} {start['distinct2']:7.4f}")
-    for line in lines:
-        shares = "  ".join("   –" if v is None else f"{v:4.0%}" for k, v in line.items() if k.startswith("share"))
-        gap = "beyond" if line["gap"] is None else f"{line['gap']:.2f}"
-        print(f"{line['run']:28} {line['reward']:6.2f} ± {line['reward_se']:.2f} {line['kl']:6.2f} ± {line['kl_se']:.2f} "
-              f"{line['length']:6.1f} {line['ended']:6.0%} {line['distinct2']:7.4f}  {shares} {gap:>8} "
-              f"{line[f'wins_sft_{wins}']:6.0%} {line[f'wins_data_{wins}']:6.0%}")
+    sft, data = rewards(before), rewards(before, "data_")                       # (P, S) and (P,) each
+    reach = curve["kl"][curve["supported"]].max(initial=0)
+    n = len(limit_reward)
+    start = aligned[0].rows[0]["reward"]
+    print(f"\npi_sft: reward {start:.2f}.  Last checkpoints (wins, {judge}: over pi_sft, over the data):")
+    rows = []
+    for one in aligned:
+        row = {"run": one.folder.name} | one.rows[-1]
+        for name, kl in {"0.5": 0.5, "1": 1, "2": 2, "4": 4, "end": min(row["kl"], reach)}.items():
+            row[f"share_at_{name}"] = evaluate.share_of_limit(kl, one.rows, curve)
+        samples = read_tensors(one.last / "samples.safetensors")[0]
+        reward, kl = samples["reward"][:n].mean(1), samples["kl"][:n].mean(1)   # (n,), (n,)
+        gap = evaluate.gap_to_limit(limit_reward, reward.numpy(), kl.numpy())
+        for name in ("gap", "se", "bias", "beta"):
+            row[name] = gap[name] if gap and gap["supported"] else None
+        for name, ours in rewards(samples).items():     # (P, S)
+            row[f"wins_sft_{name}"] = evaluate.win_rate(ours, sft[name])
+            row[f"wins_data_{name}"] = evaluate.win_rate(ours, data[name][:, None])
+        rows.append(row)
+        share = "–" if row["share_at_end"] is None else f"{row['share_at_end']:.0%}"
+        wins, wins_data = row[f"wins_sft_{judge}"], row[f"wins_data_{judge}"]
+        print(f"{row['run']:26} reward {row['reward']:5.2f} ± {row['reward_se']:.2f}, KL {row['kl']:5.2f}, "
+              f"{share:>4} of the limit's gain, wins {wins:4.0%} {wins_data:4.0%}")
+    write_csv(run.folder / "table.csv", list(rows[0]), rows)
+
+
+def scored(run, score, ids, mask):
+    """A reward function on rows that lie on the CPU, 256 at a time.  (..., T), (..., T) -> (...)"""
+    parts = []
+    for x, m in zip(ids.flatten(0, -2).split(256), mask.flatten(0, -2).split(256)):
+        parts.append(score(x.long().to(run.device), m.to(run.device)).cpu())    # (256,)
+    return torch.cat(parts).view(ids.shape[:-1])
 
 
 def write_samples(run, folder, before, after, n=8):
-    """samples.md: the same prompts continued by pi_sft and by the aligned policy, with their oracle rewards."""
-    def text(found, i):
-        ids = found["ids"][i, 0][found["mask"][i, 0]].tolist()
-        return run.encoding.decode([t for t in ids if t != run.eos_id]).strip().replace("\n", " ")
+    """samples.md: n prompts continued by pi_sft and by the aligned policy.  before, after: from `measure`"""
+    def response(samples, i):
+        ids = samples["ids"][i, 0][samples["mask"][i, 0]].tolist()              # (T,) -> the first response's
+        text = run.encoding.decode([t for t in ids if t != run.eos_id]).strip().replace("\n", " ")
+        return f"({float(samples['reward'][i, 0]):+.2f}): {text}"
+
+    judge = "the reward model’s" if run.own else "the oracle’s log-odds of a positive review"
     lines = [f"# {folder.name}: prompts continued by π_sft and by the aligned policy\n",
-             f"In brackets the reward: {'the reward model’s' if run.own else 'the oracle’s log-odds of a positive review'}.\n"]
-    for i in range(min(n, len(before["ids"]))):
-        prompt = run.encoding.decode(stages.prompts_of(before["ids"][i, :1], before["mask"][i, :1])[0])
-        lines += [f"**{prompt}** …\n", f"- π_sft ({float(before['reward'][i, 0]):+.2f}): {text(before, i)}",
-                  f"- aligned ({float(after['reward'][i, 0]):+.2f}): {text(after, i)}\n"]
+             f"In brackets the reward: {judge}.\n"]
+    for i, prompt in enumerate(stages.prompts_of(before["ids"][:n, 0], before["mask"][:n, 0])):
+        lines += [f"**{run.encoding.decode(prompt)}** …\n", f"- π_sft {response(before, i)}",
+                  f"- aligned {response(after, i)}\n"]
     with atomic(folder / "samples.md", "w") as file:
         file.write("\n".join(lines))
 
 
-def open_run(folder):
-    """The run that train.py left in `folder`, with its settings, on a CUDA device where there is one and the run may use it."""
-    config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
-    if "new_tokens" not in config:                                   # a model's folder has a config.json too
-        raise UserError(f"{folder} is not a run folder: name one that train.py has made")
-    older = {"tokenizer": "tiny" if config["data"] == "tiny" else "gpt2", "compile": False, "eval_split": "test"}
-    cfg = SimpleNamespace(**older | config | {"run": str(folder)})
-    device = torch.device("cuda" if torch.cuda.is_available() and cfg.device in ("auto", "cuda") else "cpu")
-    return stages.Run(cfg, device, stages.arithmetic(device, cfg.matmul))
-
-
 def main(argv=None):
-    """python evaluate.py RUN"""
-    parser = argparse.ArgumentParser(prog="evaluate.py", description="Draws the figures and prints the table of a run folder.")
-    parser.add_argument("run", type=Path)
-    folder = parser.parse_args(argv).run
+    parser = argparse.ArgumentParser(prog="figures.py", description="Draws a run's figures, prints results.")
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run folder")
     try:
-        draw(open_run(folder))
+        draw(open_run(parser.parse_args(argv).run))
     except UserError as error:
-        sys.exit(f"evaluate.py: {error}")
+        sys.exit(f"figures.py: {error}")
+
+
+if __name__ == "__main__":
+    main()

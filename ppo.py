@@ -1,33 +1,36 @@
-"""PPO for the alignment objective  J(pi) = E r - beta KL(pi || pi_sft)  of the EXO paper (arXiv 2402.00856, Eq 4).
+"""PPO for the alignment objective  J(pi) = E r - beta KL(pi || pi_sft)  of the EXO paper (arXiv 2402.00856).
 
-Where EXO and DPO fit pi* on responses drawn once from pi_sft, PPO climbs J itself, on fresh responses of the policy.
+Where EXO and DPO fit pi* on responses drawn once from pi_sft, PPO climbs J itself (Eq 4), on fresh responses.
 A response is an episode, a token an action.  J's KL as a sum over tokens gives a reward to each token,
 
     R_t = -beta (log pi_old(y_t|x, y_<t) - log pi_sft(y_t|x, y_<t))  +  r(x, y) at the response's last token,
 
 whose sum is r - beta log(pi_old / pi_sft).  A critic V turns rewards into advantages (GAE, arXiv 1506.02438),
 
-    delta_t = R_t + gamma V_{t+1} - V_t,   A_t = sum over k >= 0 of (gamma lam)^k delta_{t+k},   G_t = A_t + V_t,
+    delta_t = R_t + gamma V_{t+1} - V_t,  A_t = sum_{k >= 0} (gamma lam)^k delta_{t+k},  G_t = A_t + V_t,
 
-and several passes over the same responses stay close to pi_old by clipping rho = pi / pi_old (arXiv 1707.06347):
+and several passes over the same responses stay close to pi_old by clipping rho = pi / pi_old (1707.06347):
 
     L_policy = mean over tokens of max(-A rho, -A clip(rho, 1 - clip, 1 + clip)).
 
-Implementations add details.  N: "The N implementation details of RLHF with PPO"; DS: DeepSpeed-Chat; TRL: its PPO
-trainer.  Percentages: the share of J* - J(pi_sft) closed by 60 iterations of 96 responses on tests/enumerable.py, where
-this file closes 96 to 98% (3 seeds, learning rates 3e-3).  "Same": within one point of that.  Kept:
+Implementations add details.  N: "The N implementation details of RLHF with PPO"; DS: DeepSpeed-Chat; TRL: its
+PPO trainer.  Percentages: how much of J* - J(pi_sft) 60 iterations of 96 responses gain on
+tests/enumerable.py, where this file gains 96 to 98% (3 seeds, learning rates 3e-3).  "Same": within a point.
+Kept:
 
  1. KL in the token reward, by the plain log-ratio (N, DS, TRL).  It is what makes J the objective.
  2. A critic apart from the policy, from the reward model's weights (DS, TRL), with its own optimizer (DS).
- 3. The critic alone in the first iterations (EXO paper): a random V makes the policy gradient noise.  Same without.
- 4. Advantages whitened over the batch's response tokens (N, TRL; not DS), so that neither the step nor the gradient
-    clip depends on the reward's scale.  Same without.
- 5. Policy loss clipped (N, DS, TRL): 51 to 84% without.  Value loss clipped (N, DS, TRL), here in standard deviations
-    of the returns (ours): same without.
- 6. 4 passes over the responses, in minibatches (N, TRL; DS passes once): 2 passes 93 to 94%, one single step 78 to 81%.
- 7. Adam's eps 1e-5 (N), set where the optimizers are made: the first steps do not divide by almost 0.  Same with 1e-8.
- 8. Log-probs under the sampling temperature in pi, pi_old and pi_sft (N, TRL; not DS): rho is that of what was sampled.
- 9. log pi_old by the function that training uses, not the sampler's (N, TRL): rho is 1 at first.  No dropout (N).
+ 3. The critic alone in the first iterations (EXO paper): a random V makes the policy gradient noise.  Same
+    without.
+ 4. Advantages whitened over the batch's response tokens (N, TRL; not DS), so that neither the step nor the
+    gradient clip depends on the reward's scale.  Same without.
+ 5. Policy loss clipped (N, DS, TRL): 51 to 84% without.  Value loss clipped (N, DS, TRL), here in standard
+    deviations of the returns (ours): same without.
+ 6. 4 passes over the responses, in minibatches (N, TRL; DS once): 2 passes 93 to 94%, one step 78 to 81%.
+ 7. Adam's eps 1e-5 (N), set where the optimizers are made: the first steps do not divide by almost 0.  Same
+    with 1e-8.
+ 8. Log-probs under the sampling temperature in pi, pi_old and pi_sft (N, TRL; not DS), as was sampled.
+ 9. log pi_old by training's function, not the sampler's (N, TRL): rho is 1 at first.  No dropout (N).
 10. No value past the end, nor past the length cap's cut: the reward has scored the cut text already.
 
 Dropped, because they change the objective under which the methods are compared, or have to be balanced:
@@ -44,18 +47,18 @@ import math
 import torch
 import torch.nn.functional as F
 
+from compute import Sums, micro_batches, update
 from model import respond, token_logprob, trim
-from optim import descend
 
-# ---- the formulas --------------------------------------------------------------------------------------------------
+# ---- the formulas -------------------------------------------------------------------------------------
 
 
 def token_rewards(logp, ref_logp, reward, mask, beta):
-    """R_t of the module's head.  logp, ref_logp (N, T) in nats, reward (N,), mask (N, T) -> (N, T), 0 off the mask
+    """R_t of the module's head.  logp, ref_logp (N, T) in nats, reward (N,), mask (N, T) -> (N, T)
 
     The sum of a row is reward - beta * (log pi(y|x) - log pi_sft(y|x)).
     """
-    last = mask & ~F.pad(mask[:, 1:], (0, 1))                        # (N, T) end-of-text, or where the length cap cut
+    last = mask & ~F.pad(mask[:, 1:], (0, 1))                  # (N, T) end-of-text, or the token before a cut
     rewards = -beta * (logp - ref_logp) + reward[:, None] * last     # (N, T)
     return rewards.where(mask, 0.0)
 
@@ -63,45 +66,51 @@ def token_rewards(logp, ref_logp, reward, mask, beta):
 def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     """Generalised advantage estimation (arXiv 1506.02438, Eq 16).  (N, T) x3 -> advantages, returns (N, T)
 
-    values[:, t] is V before token t.  lam = 1: reward-to-go minus value, unbiased for every V; lam = 0: the TD error.
+    values[:, t] is V before token t.  lam = 1: reward-to-go minus value, unbiased for any V; 0: TD error.
     gamma = 1  # N, DS, TRL: J does not discount
     lam = 0.95  # N, DS, TRL: a little bias for less variance; on tests/enumerable.py lam = 1 does as well
     """
-    rewards, values = rewards.where(mask, 0.0), values.where(mask, 0.0)     # V past the end is 0 (detail 10)
+    rewards = rewards.where(mask, 0.0)
+    values = values.where(mask, 0.0)                                 # V past the end is 0 (detail 10)
     advantages = torch.zeros_like(rewards)                           # (N, T)
     carry = next_value = torch.zeros_like(rewards[:, 0])             # (N,)
     for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]    # (N,)
-        carry = advantages[:, t] = (delta + gamma * lam * carry).where(mask[:, t], 0.0)
+        carry = (delta + gamma * lam * carry).where(mask[:, t], 0.0)  # (N,)
+        advantages[:, t] = carry
         next_value = values[:, t]
     return advantages, advantages + values
 
 
 def whiten(advantages, mask):
     """Mean 0 and variance 1 over the mask (detail 4).  (N, T), (N, T) -> (N, T), 0 off the mask"""
-    mean, std = advantages[mask].mean(), advantages[mask].std(correction=0)
+    mean = advantages[mask].mean()
+    std = advantages[mask].std(correction=0)
     return ((advantages - mean) / (std + 1e-8)).where(mask, 0.0)
 
 
 def policy_loss(logp, old_logp, advantages, mask, clip=0.2):
-    """Clipped policy loss (arXiv 1707.06347, Eq 7), as sums over the mask.  (N, T) x4 -> {name: sum}, number of tokens
+    """Clipped policy loss (arXiv 1707.06347, Eq 7), summed over the mask.  (N, T) x4 -> {name: sum}, tokens
 
-    At logp = old_logp its gradient is the policy gradient, -sum A_t grad logp_t.  clip = 0.2  # paper, N, DS, TRL
-    approx_kl: KL(pi_old || pi) a token by rho - 1 - log rho, never negative; clip_fraction: of tokens beyond the clip.
+    At logp = old_logp its gradient is the policy gradient, -sum A_t grad logp_t.
+    clip = 0.2  # paper, N, DS, TRL
+    approx_kl: KL(pi_old || pi) a token by rho - 1 - log rho, never negative; clip_fraction: beyond the clip.
     """
-    log_ratio, A = (logp - old_logp)[mask], advantages[mask]         # (N, T) -> (M,), (M,)
+    log_ratio = (logp - old_logp)[mask]                              # (N, T) -> (M,)
+    A = advantages[mask]                                             # (N, T) -> (M,)
     ratio = log_ratio.exp()
-    loss = torch.maximum(-A * ratio, -A * ratio.clamp(1 - clip, 1 + clip))                  # (M,)
+    loss = torch.maximum(-A * ratio, -A * ratio.clamp(1 - clip, 1 + clip))                # (M,)
     with torch.no_grad():
-        stats = {"approx_kl": (ratio - 1 - log_ratio).sum(), "clip_fraction": ((ratio - 1).abs() > clip).sum()}
-    return {"loss": loss.sum()} | stats, len(A)
+        approx_kl = ratio - 1 - log_ratio                            # (M,)
+        clipped = (ratio - 1).abs() > clip                           # (M,)
+    return {"loss": loss.sum(), "approx_kl": approx_kl.sum(), "clip_fraction": clipped.sum()}, len(A)
 
 
 def value_loss(values, old_values, returns, mask, clip):
-    """Half the squared error of V, clipped, as sums over the mask.  (N, T) x4 -> {name: sum}, number of tokens
+    """Half the squared error of V, clipped, summed over the mask.  (N, T) x4 -> {name: sum}, tokens
 
-    clip: how far V may move from old_values before its gradient stops, in the reward's unit.  A fixed 0.2 (N, DS, TRL)
-    suits rewards of variance 1; `iteration` passes 0.2 standard deviations of the returns instead.
+    clip: how far V may move from old_values before its gradient stops, in the reward's unit.  A fixed 0.2
+    (N, DS, TRL) suits rewards of variance 1; `iteration` passes 0.2 standard deviations of the returns.
     """
     V, old, G = values[mask], old_values[mask], returns[mask]        # (N, T) -> (M,)
     near = torch.maximum(torch.minimum(V, old + clip), old - clip)   # (M,)
@@ -113,73 +122,91 @@ def token_values(critic, ids, mask):
 
     A ScalarGPT's column t has read token t itself, so V before token t stands one column to the left.
     """
-    return F.pad(critic.values(ids[:, :-1]), (1, 0)).where(mask, 0.0)                       # (N, T-1) -> (N, T)
+    values = critic.values(ids[:, :-1])                              # (N, T-1)
+    return F.pad(values, (1, 0)).where(mask, 0.0)                    # (N, T-1) -> (N, T)
 
 
 def explained_variance(values, returns, mask):
-    """1 - var(G - V) / var(G) over the mask: 1 is a perfect critic, 0 no better than a constant.  (N, T) x3 -> float"""
-    error, G = (returns - values)[mask], returns[mask]               # (N, T) -> (M,), (M,)
+    """1 - var(G - V) / var(G) over the mask: 1 for a perfect critic, 0 for a constant.  (N, T) x3 -> float"""
+    error = (returns - values)[mask]                                 # (N, T) -> (M,)
+    G = returns[mask]                                                # (N, T) -> (M,)
     return 1 - float(error.var(correction=0) / G.var(correction=0).clamp(min=1e-8))
 
 
-# ---- one iteration -------------------------------------------------------------------------------------------------
+# ---- one iteration ------------------------------------------------------------------------------------
 
-def rollout(policy, ref, critic, reward, prompts, max_new_tokens, temperature=1.0, eos_id=None, generator=None, samples=1):
+def rollout(policy, ref, critic, reward, prompts, max_new_tokens, temperature=1.0, eos_id=None,
+            generator=None, samples=1):
     """Samples `samples` responses a prompt, with everything about them that stays fixed during the updates.
 
-    prompts: (n, T0) ids, or n id lists.  reward: (ids, mask) -> (N,).  N = n * samples, those of a prompt together.
+    prompts: (n, T0) ids, or n id lists.  reward: (ids, mask) -> (N,).  N = n * samples, a prompt's together.
     -> {ids, mask, old_logp, ref_logp, old_values: (N, T), reward: (N,)}
     """
-    def columns(ids, mask):
-        return {"old_logp": token_logprob(policy, ids, mask, temperature),                  # detail 9
-                "ref_logp": token_logprob(ref, ids, mask, temperature),
-                "old_values": token_values(critic, ids, mask), "reward": reward(ids, mask)}
+    def scores(ids, mask):
+        return {"old_logp": token_logprob(policy, ids, mask, temperature),               # (N, T)  detail 9
+                "ref_logp": token_logprob(ref, ids, mask, temperature),                  # (N, T)
+                "old_values": token_values(critic, ids, mask),                           # (N, T)
+                "reward": reward(ids, mask)}                                             # (N,)
 
     prompts = [prompt for prompt in prompts for _ in range(samples)]
-    batch = respond(policy, prompts, max_new_tokens, temperature, eos_id, generator, len(prompts), columns)
+    batch = respond(policy, prompts, max_new_tokens, temperature, eos_id, generator, len(prompts), scores)
     T = trim(batch["ids"], batch["mask"])[0].shape[1]
-    return {k: (v[:, :T] if v.dim() == 2 else v).to(policy.wte.weight.device) for k, v in batch.items()}
+    reward = batch.pop("reward")
+    batch = {name: column[:, :T] for name, column in batch.items()}
+    batch["reward"] = reward
+    device = policy.wte.weight.device
+    return {name: column.to(device) for name, column in batch.items()}
 
 
-def iteration(policy, ref, critic, policy_optimizer, critic_optimizer, reward, prompts, *, policy_lr, critic_lr, beta,
-              max_new_tokens, temperature=1.0, eos_id=None, generator=None, samples=1, epochs=4, minibatches=2,
-              clip=0.2, value_clip=0.2, gamma=1.0, lam=0.95, critic_only=False, micro_batch_size=0, where="ppo"):
-    """One PPO iteration: sample, score, estimate advantages, then epochs x minibatches steps of policy and critic.
+def iteration(policy, ref, critic, policy_optimizer, critic_optimizer, reward, prompts, *, policy_lr,
+              critic_lr, beta, max_new_tokens, temperature=1.0, eos_id=None, generator=None, samples=1,
+              epochs=4, minibatches=2, clip=0.2, value_clip=0.2, gamma=1.0, lam=0.95, critic_only=False,
+              micro_batch_size=0, where="ppo"):
+    """One PPO iteration: sample, score, estimate advantages, then epochs x minibatches steps of each model.
 
-    policy, ref: GPT; critic: ScalarGPT; prompts, reward, samples: as in `rollout`; optimizers: AdamW, eps 1e-5.
-    policy_lr, critic_lr: this iteration's; the schedule is the caller's.  critic_only: the policy stays (detail 3).
+    policy, ref: GPT; critic: ScalarGPT; prompts, reward, samples as in `rollout`; optimizers: AdamW.
+    policy_lr, critic_lr: this iteration's; the schedule is the caller's.  critic_only: see detail 3.
     value_clip: in standard deviations of the returns (detail 5), math.inf for none.
     micro_batch_size: rows at a time in an update, 0 for all; it changes memory, not the result.
     generator (CPU): the only source of randomness, first for the responses, then for the minibatches.
-    -> {name: float}: reward, kl (log-ratio to pi_sft in nats a response), objective (J) and length of the responses,
-    explained_variance of the critic, all before the updates; losses, approx_kl and others are means over the updates.
+    -> {name: float}: reward, kl (log-ratio to pi_sft in nats a response), objective (J) and length of the
+    responses, explained_variance of the critic, all before the updates; the others are means over updates.
     """
-    batch = rollout(policy, ref, critic, reward, prompts, max_new_tokens, temperature, eos_id, generator, samples)
+    batch = rollout(policy, ref, critic, reward, prompts, max_new_tokens, temperature, eos_id, generator,
+                    samples)
     ids, mask, old_logp, old_values = (batch[name] for name in ("ids", "mask", "old_logp", "old_values"))
-    rewards = token_rewards(old_logp, batch["ref_logp"], batch["reward"], mask, beta)       # (N, T)
-    advantages, returns = gae(rewards, old_values, mask, gamma, lam)                        # (N, T), (N, T)
-    whitened = whiten(advantages, mask)                                                     # (N, T)
+    rewards = token_rewards(old_logp, batch["ref_logp"], batch["reward"], mask, beta)    # (N, T)
+    advantages, returns = gae(rewards, old_values, mask, gamma, lam)                     # (N, T), (N, T)
+    whitened = whiten(advantages, mask)                                                  # (N, T)
     radius = value_clip * float(returns[mask].std(correction=0))
-
-    def policy_loss_sum(part):
-        logp = token_logprob(policy, ids[part], mask[part], temperature)                    # (m, T)
-        return policy_loss(logp, old_logp[part], whitened[part], mask[part], clip)
-
-    def value_loss_sum(part):
-        values = token_values(critic, ids[part], mask[part])                                # (m, T)
-        return value_loss(values, old_values[part], returns[part], mask[part], radius)
 
     updates = []
     for _ in range(epochs):
         for rows in torch.randperm(len(ids), generator=generator).chunk(minibatches):
-            value = descend(critic_optimizer, critic_lr, rows, micro_batch_size, value_loss_sum, f"{where}, critic")
-            stats = dict.fromkeys(("loss", "approx_kl", "clip_fraction", "grad_norm"), math.nan)     # the policy stays
-            if not critic_only:
-                stats = descend(policy_optimizer, policy_lr, rows, micro_batch_size, policy_loss_sum, f"{where}, policy")
-            updates.append(stats | {"value_loss": value["loss"], "value_grad_norm": value["grad_norm"]})
-    log_ratio = (old_logp - batch["ref_logp"]).sum(1)                                       # (N, T) -> (N,)
-    return {"reward": float(batch["reward"].mean()), "kl": float(log_ratio.mean()),
-            "objective": float((batch["reward"] - beta * log_ratio).mean()),
-            "length": float(mask.sum(1).float().mean()),
-            "explained_variance": explained_variance(old_values, returns, mask),
-            **{name: sum(stats[name] for stats in updates) / len(updates) for name in updates[0]}}
+            sums = Sums()
+            for part in micro_batches(rows, micro_batch_size):
+                values = token_values(critic, ids[part], mask[part])                     # (m, T)
+                stats, tokens = value_loss(values, old_values[part], returns[part], mask[part], radius)
+                stats["loss"].backward()
+                sums.add(tokens, **stats)
+            value = update(critic_optimizer, critic_lr, sums, rows, f"{where}, critic")
+            if critic_only:
+                means = dict.fromkeys(("loss", "approx_kl", "clip_fraction", "grad_norm"), math.nan)
+            else:
+                sums = Sums()
+                for part in micro_batches(rows, micro_batch_size):
+                    logp = token_logprob(policy, ids[part], mask[part], temperature)     # (m, T)
+                    stats, tokens = policy_loss(logp, old_logp[part], whitened[part], mask[part], clip)
+                    stats["loss"].backward()
+                    sums.add(tokens, **stats)
+                means = update(policy_optimizer, policy_lr, sums, rows, f"{where}, policy")
+            updates.append(means | {"value_loss": value["loss"], "value_grad_norm": value["grad_norm"]})
+
+    log_ratio = (old_logp - batch["ref_logp"]).sum(1)                                    # (N, T) -> (N,)
+    objective = batch["reward"] - beta * log_ratio                                       # (N,)
+    stats = {"reward": float(batch["reward"].mean()), "kl": float(log_ratio.mean()),
+             "objective": float(objective.mean()), "length": float(mask.sum(1).float().mean()),
+             "explained_variance": explained_variance(old_values, returns, mask)}
+    for name in updates[0]:
+        stats[name] = sum(means[name] for means in updates) / len(updates)
+    return stats

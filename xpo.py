@@ -9,15 +9,17 @@ Algorithm 1, with pi_1 = pi_sft and an empty history D:
             sum over D of  [ -log sigmoid(beta h(winner) - beta h(loser))  +  alpha log pi(y~|x) ],
                            h(y) = log pi(y|x) - log pi_sft(y|x)
 
-The first term is DPO's loss (`dpo.py`).  The second, the bonus, is minimised too: it pushes mass *away* from the reference's
-responses, won or lost.  Among the rewards that explain the labels equally well it picks the one that promises the most over
-the reference, which is optimism: what has not been tried is tried.  alpha is a price in nats of DPO loss per nat of log pi, so
-that what matters is alpha / beta, in units of reward.  alpha = 0 is online DPO.
+The first term is DPO's loss (`dpo.py`).  The second, the bonus, is minimised too: it pushes mass *away* from
+the reference's responses, won or lost.  Among the rewards that explain the labels equally well it picks the
+one that promises the most over the reference, which is optimism: what has not been tried is tried.  alpha is
+a price in nats of DPO loss per nat of log pi, so that what matters is alpha / beta, in units of reward.
+alpha = 0 is online DPO.
 
-Both sums run over the *whole* history: a bonus that sees only the newest batch finds a rare response and then forgets it
-(`Replay` keeps the history).  And the bonus has no floor on a replay: where y~ lost its pair, DPO and the bonus both push
-log pi(y~) down without end.  Keep alpha small beside beta, make few passes a round, and stop a round when the mean of
-log pi(y~) has fallen too far.  In the bandit of `toy/` the box on the reward is that floor.
+Both sums run over the *whole* history: a bonus that sees only the newest batch finds a rare response and then
+forgets it.  And the bonus has no floor on a replay: where y~ lost its pair, DPO and the bonus both push
+log pi(y~) down without end.  Keep alpha small beside beta, make few passes a round, and stop a round when the
+mean of log pi(y~) has fallen too far.  In the bandit of `toy/` the box on the reward is that floor.
+The paper returns the best of the iterates; `train.py` keeps the last.
 """
 import math
 
@@ -31,62 +33,46 @@ from model import respond, sequence_logprob
 def xpo_loss(logp, ref_logp, explore_logp, beta=0.1, alpha=3e-4):
     """XPO on a batch of the history: dpo_loss(logp, ref_logp, beta) + alpha * mean of explore_logp, in nats.
 
-    logp, ref_logp: (B, 2), column 0 chosen, column 1 rejected; explore_logp: (B,), the column of logp that holds y~, the
-    response that pi_sft drew, chosen or not -> scalar, the mean over the B pairs.  Its gradient on explore_logp is alpha / B.
-    alpha = 0.003 beta  # ours; the paper's experiment gives no value that we could check, its theory alpha ~ beta / sqrt(T)
+    logp, ref_logp: (B, 2), column 0 chosen, column 1 rejected; explore_logp: (B,), the column of logp that
+    holds y~, the response that pi_sft drew, chosen or not -> scalar, the mean over the B pairs.
+    Its gradient on explore_logp is alpha / B.
+    alpha = 0.003 beta  # ours; the paper's theory: alpha ~ beta / sqrt(T), its experiment gives no value
     """
     if explore_logp.shape != logp.shape[:1]:
         raise ValueError(f"explore_logp must have a number for each pair, {tuple(logp.shape[:1])}, "
                          f"got {tuple(explore_logp.shape)}")
     if not 0 <= alpha < math.inf:
-        raise ValueError(f"alpha must be finite and not negative, got {alpha}: below 0 it would reward imitating pi_sft")
+        raise ValueError(f"alpha must be finite and not negative, got {alpha}: below 0 it rewards pi_sft")
     return dpo_loss(logp, ref_logp, beta) + alpha * explore_logp.mean()
 
 
-class Replay:
-    """The history D: every pair of every round, a dict of tensors with one row a pair, in the order of arrival."""
+def play(policy, ref, reward, label, prompts, sampled, max_new_tokens, temperature, eos_id, generator,
+         rows=1024):
+    """The first half of a round of Algorithm 1: pi_t answers each prompt, beside pi_sft.  -> pairs for D
 
-    def __init__(self):
-        self.data = {}                                               # name -> (pairs, ...)
-        self.closed = -1                                             # the newest round that was stopped before its last step
-
-    def __len__(self):
-        return len(next(iter(self.data.values()))) if self.data else 0
-
-    def append(self, **pairs):
-        """Adds a round's pairs: tensors with one row a pair, under the same names and row shapes in every round."""
-        if len({len(rows) for rows in pairs.values()}) != 1 or (self.data and pairs.keys() != self.data.keys()):
-            raise ValueError(f"a round's pairs must be tensors of equal length named {sorted(self.data) or 'anything'}, "
-                             f"got {({name: len(rows) for name, rows in pairs.items()})}")
-        pairs = {name: rows.cpu() for name, rows in pairs.items()}   # a history can outgrow the device, and is saved from here
-        self.data = {name: torch.cat([self.data[name], rows]) if self.data else rows.clone() for name, rows in pairs.items()}
-
-    def state_dict(self):
-        return {"data": dict(self.data), "closed": self.closed}
-
-    def load_state_dict(self, state):
-        self.data, self.closed = dict(state["data"]), state["closed"]
-
-
-def play(policy, ref, reward, label, prompts, sampled, replay, max_new_tokens, temperature, eos_id, generator, rows=1024):
-    """The first half of a round of Algorithm 1: pi_t answers each prompt, the answer meets pi_sft's, the label goes into D.
-
-    prompts: (n, T0) ids, or n id lists; sampled: pi_sft's responses to them, {ids, mask: (n, T), ref_logp, reward: (n,)};
-    reward: (ids, mask) -> (n,); label: rewards (n, 2) -> the winner's column (n,); rows: how many prompts are answered at once.
+    prompts: (n, T0) ids, or n id lists; sampled: pi_sft's, {ids, mask: (n, T), ref_logp, reward: (n,)};
+    reward: (ids, mask) -> (n,); label: rewards (n, 2) -> the winner's column (n,); rows: sampled at once.
+    -> {ids, mask: (n, 2, T), ref_logp: (n, 2), explore: (n,)}: column 0 won, column `explore` is pi_sft's.
     """
-    def columns(ids, mask):
+    def scores(ids, mask):
         return {"ref_logp": sequence_logprob(ref, ids, mask, temperature), "reward": reward(ids, mask)}
 
-    fresh = respond(policy, prompts, max_new_tokens, temperature, eos_id, generator, rows, columns)
+    fresh = respond(policy, prompts, max_new_tokens, temperature, eos_id, generator, rows, scores)
     room = (0, sampled["ids"].shape[1] - fresh["ids"].shape[1])
-    fresh["ids"] = F.pad(fresh["ids"], room, value=eos_id).to(sampled["ids"].dtype)         # (n, t) -> (n, T)
-    fresh["mask"] = F.pad(fresh["mask"], room)
-    pair = {name: torch.stack([fresh[name], sampled[name].cpu()], dim=1) for name in fresh} # (n, 2, ...)
-    winner = label(pair.pop("reward"))                                                      # (n,)
-    order, row = torch.stack([winner, 1 - winner], dim=1), torch.arange(len(winner))[:, None]       # (n, 2), (n, 1)
-    replay.append(explore=(order == 1).int().argmax(1), **{name: both[row, order] for name, both in pair.items()})
+    fresh["ids"] = F.pad(fresh["ids"], room, value=eos_id).to(sampled["ids"].dtype)       # (n, t) -> (n, T)
+    fresh["mask"] = F.pad(fresh["mask"], room)                                            # (n, t) -> (n, T)
+    pairs = {name: torch.stack([fresh[name], sampled[name].cpu()], dim=1) for name in fresh}    # (n, 2, ...)
+    winner = label(pairs.pop("reward"))                                                   # (n,)
+    order = torch.stack([winner, 1 - winner], dim=1)                                      # (n, 2)
+    row = torch.arange(len(winner))[:, None]                                              # (n, 1)
+    pairs = {name: both[row, order] for name, both in pairs.items()}                      # (n, 2, ...)
+    pairs["explore"] = (order == 1).int().argmax(1)                                 # (n,) where pi_sft's went
+    return pairs
 
 
-def rounds(n_rounds, prompts, epochs, batch_size):
-    """The schedule of Algorithm 1: [(round, step within it), ...]; a round makes `epochs` passes over all pairs so far."""
-    return [(t, i) for t in range(n_rounds) for i in range(math.ceil(epochs * (t + 1) * prompts / batch_size))]
+def schedule(rounds, prompts, epochs, batch_size):
+    """Algorithm 1 as steps, [(round, step within it), ...]: `epochs` passes a round over all pairs so far."""
+    steps = []
+    for t in range(rounds):
+        steps += [(t, i) for i in range(math.ceil(epochs * (t + 1) * prompts / batch_size))]
+    return steps

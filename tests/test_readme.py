@@ -1,4 +1,4 @@
-"""What the README promises: its commands run, the names and numbers in it are those of the code and of the published results."""
+"""What the README promises: its commands run, its names are the code's, its numbers the published ones."""
 import csv
 import importlib
 import io
@@ -13,86 +13,87 @@ from pathlib import Path
 import pytest
 from test_own_data import write
 
+import settings
 from data import tiny_reviews
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = [shlex.split(line, comments=True) for block in re.findall(r"```\n(.*?)```", README, re.DOTALL)
-            for line in block.splitlines() if line.startswith(("python ", "torchrun "))]
+RESULTS = (ROOT / "results" / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```\n(.*?)```", README, re.DOTALL)
+LINES = [line for block in BLOCKS for line in block.splitlines() if line.startswith(("python ", "torchrun "))]
+COMMANDS = [shlex.split(line, comments=True) for line in LINES]
 NAMES = sorted(set(re.findall(r"`([^`\n]+)`", README)))
-MODULES = ("exo", "dpo", "xpo", "ppo", "model", "data", "stages", "evaluate", "figures", "train", "toy.bandit", "toy.xpo_bandit")
+MODULES = ("exo", "dpo", "xpo", "ppo", "model", "data", "run", "stages", "evaluate", "figures", "train",
+           "toy.bandit", "toy.xpo_bandit")
 
 
-# ---- names -------------------------------------------------------------------------------------------------------------------
+# ---- names --------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name.endswith((".py", ".ipynb", ".md", "/"))])
 def test_every_file_that_it_names_is_there(name):
-    left_by_runs = ("samples.md",)
-    assert name in left_by_runs or (ROOT / name).exists()
+    assert name == "samples.md" or (ROOT / name).exists()            # that one is left by runs
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name.rpartition(".")[0] in MODULES])
 def test_every_function_that_it_names_is_there(name):
     module, _, function = name.rpartition(".")
-    assert name.endswith(".py") or hasattr(importlib.import_module(module), function)
+    assert function == "py" or hasattr(importlib.import_module(module), function)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("test_")])
-def test_every_test_that_it_names_is_there(name):
-    assert any(f"def {name}(" in path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+def test_every_test_that_it_names_is_there():
+    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    named = [name for name in NAMES if name.startswith("test_")]
+    assert named and [name for name in named if f"def {name}(" not in tests] == []
 
 
 def test_every_flag_that_it_names_is_there():
-    parsers = "".join((ROOT / f).read_text(encoding="utf-8") for f in ("sample.py", "bench.py"))
-    known = {"--" + name.replace("_", "-") for name in importlib.import_module("train").Config.__dataclass_fields__}
-    for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", README)) - {"--help", "--nproc_per_node"}:
-        assert flag in known or f'"{flag}"' in parsers, flag
+    known = {settings.flag(name) for name in settings.Config.__dataclass_fields__}
+    known |= {"--help", "--nproc_per_node"}
+    others = [ROOT / "sample.py", ROOT / "bench" / "__main__.py", ROOT / "toy" / "bandit.py"]
+    parsers = "".join(path.read_text(encoding="utf-8") for path in others)
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", README))
+    assert [flag for flag in named - known if f'"{flag}"' not in parsers] == []
 
 
 def test_every_picture_that_it_shows_is_there():
-    pictures = re.findall(r"!\[[^]]*]\(([^)]+)\)", README + (ROOT / "results" / "README.md").read_text(encoding="utf-8"))
-    assert pictures and all((ROOT / p).exists() or (ROOT / "results" / p).exists() for p in pictures)
+    pictures = re.findall(r"!\[[^]]*]\(([^)]+)\)", README + RESULTS)
+    places = [(ROOT / path, ROOT / "results" / path) for path in pictures]
+    assert pictures and all(here.exists() or there.exists() for here, there in places)
 
 
-# ---- numbers -----------------------------------------------------------------------------------------------------------------
+# ---- numbers ------------------------------------------------------------------------------------------
 
-def published():
-    """{name: its rows, one a seed} of the published table on tiny."""
-    found = {}
-    with open(ROOT / "results" / "tiny" / "table.csv", newline="") as file:
-        for row in csv.DictReader(file):
-            found.setdefault(row["run"].rsplit("-s", 1)[0], []).append(row)
-    return found
+COLUMNS = [("reward", "reward, log-odds", "{:.2f}"), ("kl", "KL, nats", "{:.2f}"),
+           ("share_at_end", "share of the limit", "{:.0%}")]
 
 
-@pytest.mark.parametrize("column, title, form", [("reward", "reward, log-odds", "{:.2f}"), ("kl", "KL, nats", "{:.2f}"),
-                                                 ("share_at_end", "share of the limit", "{:.0%}")])
+@pytest.mark.parametrize("column, title, form", COLUMNS)
 def test_its_table_is_the_published_one(column, title, form):
-    names = ("exo-preferences", "dpo-preferences", "exo-reward-k4", "dpo-reward-k4", "ppo-reward", "xpo-preferences")
+    with open(ROOT / "results" / "tiny" / "table.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    names = ("exo-preferences", "dpo-preferences", "exo-reward-k4", "dpo-reward-k4", "ppo-reward",
+             "xpo-preferences")
+    cells = []
+    for name in names:
+        values = [float(row[column]) for row in rows if re.fullmatch(rf"{name}-s\d+", row["run"])]
+        mean = form.format(sum(values) / len(values))
+        cells.append(f"{mean} ({form.format(min(values))} to {form.format(max(values))})")
     line = next(line for line in README.splitlines() if line.startswith(f"| {title}"))
-    values = {name: [float(row[column]) for row in published()[name]] for name in names}
-    cells = [f"{form.format(sum(v) / len(v))} ({form.format(min(v))} to {form.format(max(v))})" for v in values.values()]
     assert [cell.strip() for cell in line.split("|")[2:-1]] == cells
 
 
-def test_every_point_of_the_frontier_is_a_row_of_an_evaluation():
-    with open(ROOT / "results" / "tiny" / "frontier.csv", newline="") as file:
-        points = [row for row in csv.DictReader(file) if row["seed"]]
-    last = {(row["curve"], row["seed"]): (row["kl"], row["reward"]) for row in points}
-    table = {tuple(row["run"].rsplit("-s", 1)): (row["kl"], row["reward"]) for rows in published().values() for row in rows}
-    assert last == table
-
-
-# ---- commands ----------------------------------------------------------------------------------------------------------------
+# ---- commands -----------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
+    """A folder with files of preferences, and an archive in IMDB's layout of the grammar's reviews."""
     folder = tmp_path_factory.mktemp("readme")
     write(folder / "prefs.jsonl", 100, "pairs")
     write(folder / "held_out.jsonl", 20, "pairs", seed=1)
-    with tarfile.open(folder / "aclImdb_v1.tar.gz", "w:gz") as archive:                     # IMDB's layout, the grammar's reviews
+    with tarfile.open(folder / "aclImdb_v1.tar.gz", "w:gz") as archive:
         for split, n in (("train", 300), ("test", 100)):
-            for i, (text, label) in enumerate(zip(*tiny_reviews(n, seed=split)[:2])):
+            texts, labels, _ = tiny_reviews(n, seed=split)
+            for i, (text, label) in enumerate(zip(texts, labels)):
                 member = tarfile.TarInfo(f"aclImdb/{split}/{'pos' if label else 'neg'}/{i}_7.txt")
                 member.size = len(text)
                 archive.addfile(member, io.BytesIO(text.encode()))
@@ -100,33 +101,40 @@ def place(tmp_path_factory):
 
 
 def small(command, place):
-    """A command of the README as the same command at toy size and without downloads, or None where other tests run it."""
+    """A command of the README at toy size and without downloads, or None where other tests run it."""
     text = shlex.join(command)
-    if "pytest" in text or text == "python -m toy.bandit":
+    if "pytest" in text or "toy." in text:
         return None
-    command = [{"prefs.jsonl": str(place / "prefs.jsonl"), "held_out.jsonl": str(place / "held_out.jsonl"),
-                "aclImdb_v1.tar.gz": str(place / "aclImdb_v1.tar.gz"), "runs/tiny": str(place / "tiny"),
-                "--nproc_per_node=4": "--nproc_per_node=2"}.get(word, word) for word in command]
+    names = {name: str(place / name) for name in ("prefs.jsonl", "held_out.jsonl", "aclImdb_v1.tar.gz")}
+    names |= {"runs/tiny": str(place / "tiny"), "--nproc_per_node=4": "--nproc_per_node=2"}
+    command = [names.get(word, word) for word in command]
     if command[0] == "torchrun":
         command = ["python", "-m", "torch.distributed.run", "--standalone", *command[1:]]
     if "train.py" in command:
-        own, real = "--data" in command, "--imdb" in command
-        command += ["--run", str(place / ("own" if own else "real" if real else "tiny")), "--smoke"]
-        command += [] if "--preset" in command else ["--preset", "tiny"]
-        command += ["--tokenizer", "tiny"] if own or real else []
-        command += ["--sft-reviews", "200", "--new-tokens", "40"] if real else []
-        if "--init" in command:                                      # released weights are a download
-            command[command.index("--init") + 1] = str(place / "own" / "sft")
-            command[command.index("--run") + 1] = str(place / "weights")
-        if "imdb" in command:                                        # the same folder under another preset
-            command[command.index("--run") + 1] = str(place / "imdb")
-        if "--eval-split" in command:
-            command[command.index("--run") + 1] = str(place / "trials")
-        if "--eval-data" in command:
-            command[command.index("--run") + 1] = str(place / "held-out")
-    if "bench.py" in command:
+        command += toy_size(command, place)
+    if "bench" in command:
         command += ["--quick", "--out", str(place / "bench")]
+    if "--init" in command:                                          # released weights are a download
+        command[command.index("--init") + 1] = str(place / "own" / "sft")
     return [sys.executable if word == "python" else word for word in command]
+
+
+def toy_size(command, place):
+    """What makes a call of train.py small, in a folder of its own where its settings differ."""
+    own, real = "--data" in command, "--imdb" in command
+    folder = "own" if own else "real" if real else "tiny"
+    for word, other in (("--init", "weights"), ("imdb", "imdb"), ("--eval-split", "trials"),
+                        ("--eval-data", "held-out")):
+        if word in command:
+            folder = other
+    extra = ["--run", str(place / folder), "--smoke"]
+    if "--preset" not in command:
+        extra += ["--preset", "tiny"]
+    if own or real:
+        extra += ["--tokenizer", "tiny"]
+    if real:
+        extra += ["--sft-reviews", "200", "--new-tokens", "40"]
+    return extra
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import shutil
 import signal
 import sys
@@ -190,6 +191,12 @@ def finish(folder, **artifacts):
         old.unlink()
 
 
+def finished(folder):
+    """Whether a stage's artifact is there."""
+    path = Path(folder) / "stage.json"
+    return path.exists() and "done" in read_json(path)
+
+
 def fingerprint(folder):
     """What identifies a finished artifact: a hash of its files' checksums, as recorded and as they are."""
     done = read_json(Path(folder) / "stage.json").get("done")
@@ -281,7 +288,10 @@ def read_save(path):
     blob = path.read_bytes()
     if hashlib.sha256(blob[32:]).digest() != blob[:32]:
         raise UserError(f"{path} is corrupt or incomplete")
-    return torch.load(io.BytesIO(blob[32:]), map_location="cpu", weights_only=True)   # no pickled code runs
+    try:
+        return torch.load(io.BytesIO(blob[32:]), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:               # code: it is not run
+        raise UserError(f"{path} holds more than tensors and numbers") from error
 
 
 class Rows:
@@ -300,6 +310,11 @@ class Rows:
         if sorted(chunk) != names or len(set(lengths.values())) != 1:
             raise ValueError(f"rows must come as tensors of equal length named {names}, got {lengths}")
         self.chunks.append({name: rows.cpu() for name, rows in chunk.items()})
+
+    def replace(self, **rows):
+        """Drops all rows and begins with these."""
+        self.chunks = []
+        self.append(**rows)
 
     @property
     def columns(self):

@@ -52,12 +52,12 @@ def out_of_memory(error):
 
 # ---- random numbers -----------------------------------------------------------------------------------
 
-def rng(seed, *names):
-    """A random generator (CPU) that depends on (seed, names) alone: the same numbers whenever it is made.
+def rng(*key):
+    """A random generator (CPU) that depends on the key alone, such as ("align", seed, epoch).
 
     So no random state is ever stored: a loop that resumes asks for the numbers of its step.
     """
-    digest = hashlib.sha256(repr((seed, *names)).encode()).digest()
+    digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
@@ -156,7 +156,7 @@ def on_first(function):
 # ---- one optimizer step -------------------------------------------------------------------------------
 #
 #     sums = Sums()
-#     for part in micro_batches(index, rows):            a part of the batch's indices, on this process
+#     for part in micro_batches(index, size):            a part of the batch's indices, on this process
 #         loss = ...                                     the mean over the part
 #         (loss * len(part)).backward()
 #         sums.add(len(part), loss=loss * len(part))
@@ -171,37 +171,42 @@ def adamw(module, lr, eps=1e-8):
     return torch.optim.AdamW(parameters, lr=lr, betas=ADAM_BETAS, eps=eps, weight_decay=0.0, fused=True)
 
 
-def cosine(step, steps):
-    """The factor of the peak learning rate at `step`: a cosine from 1 to 0, no warm-up (official code)."""
-    return 0.5 * (1 + math.cos(math.pi * step / steps))
+def cosine(step, steps, warmup=0.0):
+    """The factor of the peak learning rate: a rise in the first `warmup` of the steps, then a cosine to 0."""
+    rise = round(warmup * steps)
+    if step < rise:
+        return (step + 1) / (rise + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / (steps - rise)))
 
 
-def batch_at(step, batch, length, *names, window=32):
-    """The indices of batch number `step` in an endless sequence of shuffled epochs, by the arguments alone.
+def shuffled_batch(step, batch, n, *key):
+    """Batch number `step` of endless shuffled epochs over n examples: (batch,) indices, by the key alone."""
+    first, end = step * batch, (step + 1) * batch
+    epochs = range(first // n, (end - 1) // n + 1)                    # those that the batch touches
+    shuffled = [torch.randperm(n, generator=rng(*key, epoch)) for epoch in epochs]
+    return torch.cat(shuffled)[first - epochs[0] * n:end - epochs[0] * n]
 
-    length: (n,) tokens of each example -> (batch,), ascending in length.  The examples of `window` batches in
-    a row are sorted by length and cut into batches, which are then shuffled: a batch pads little, and the
-    order stays random.  Alignment has window=1, no sorting  # ours: else EXO-rw ran away on a seed of three
+
+def batch_by_length(step, batch, length, *key, window=32):
+    """The same of examples of alike length.  length: (n,) tokens of each -> (batch,), ascending in length
+
+    The examples of `window` batches in a row are sorted by length and cut into batches, which are then
+    shuffled: a batch pads little, and the order stays random.  Not for alignment (ours): EXO-rw ran away on a
+    seed of three.
     """
-    n = len(length)
-    first_step = step // window * window
-    first = first_step * batch                                        # the window's places in the sequence
-    end = first + window * batch
-    epochs = range(first // n, (end - 1) // n + 1)                    # the epochs that it touches
-    shuffled = [torch.randperm(n, generator=rng(*names, epoch)) for epoch in epochs]
-    offset = epochs[0] * n
-    index = torch.cat(shuffled)[first - offset:end - offset]          # (window * batch,)
+    first = step // window * window
+    index = shuffled_batch(step // window, window * batch, len(length), *key)             # (window * batch,)
     by_length = length[index].argsort(stable=True)
     batches = index[by_length].view(window, batch)
-    order = torch.randperm(window, generator=rng(*names, "window", first_step))
-    return batches[order[step - first_step]]                          # (batch,)
+    order = torch.randperm(window, generator=rng(*key, "window", first))
+    return batches[order[step - first]]                               # (batch,)
 
 
-def micro_batches(index, rows):
-    """This process's part of a batch, in pieces of at most `rows` (0: one piece).  (n,) -> tuple of (m,)"""
+def micro_batches(index, size):
+    """This process's part of a batch, in pieces of at most `size` (0: one piece).  (n,) -> tuple of (m,)"""
     if len(index) < world():
         raise UserError(f"a batch of {len(index)} cannot be split among {world()} processes: start fewer")
-    return own_rows(index).split(rows or len(index))
+    return own_rows(index).split(size or len(index))
 
 
 class Sums:
@@ -230,7 +235,7 @@ def update(optimizer, lr, sums, index, where):
     torch._foreach_div_(gradients, sums.total[0])
     norm = torch.nn.utils.clip_grad_norm_(parameters, GRADIENT_CLIP)
     means = torch.cat([sums.total[1:] / sums.total[0], norm[None]])
-    means = dict(zip([*sums.names, "grad_norm"], means.tolist()))     # the step's only wait for the device
+    means = dict(zip([*sums.names, "grad_norm"], means.tolist()))     # waits for the device
     loss = means["loss"]
     norm = means["grad_norm"]
     if not (math.isfinite(loss) and math.isfinite(norm)):

@@ -3,6 +3,7 @@
 A review is a list of token ids: its first ids are a prompt, the rest, with the end-of-text id, is a response.
 Ids are joined, never strings: a prompt is a prefix of ids, so no token merges across its end.
 """
+import functools
 import hashlib
 import json
 import lzma
@@ -164,9 +165,13 @@ def gpt2_encoding():
 # two opinions each: +1, -1 or 0 by independent draws.  P(label = 1) = sigmoid(sum of opinions), so that the
 # sum is the best possible log-odds.
 
-WHEN = "Last night,Last week,Last summer,On Friday,On Sunday,One evening,This morning,Two days".split(",")
-WHO, SAW, THE = ["I", "we", "they"], ["watched", "saw", "rented", "finished"], ["this", "that"]
-FILM = ["film", "movie", "picture", "comedy", "drama"]
+WHEN = ("Last night,Last week,Last month,Last summer,Last winter,Last spring,Last autumn,Last year,On Monday,"
+        "On Tuesday,On Wednesday,On Thursday,On Friday,On Saturday,On Sunday,One evening,One morning,"
+        "One afternoon,This morning,This week").split(",")
+WHO = ["I", "we", "they", "you", "he", "she"]
+SAW = ["watched", "saw", "rented", "finished", "streamed", "borrowed", "caught", "chose"]
+THE = ["this", "that", "another"]
+FILM = "film movie picture comedy drama thriller western musical documentary mystery".split()
 WHERE = ["at home", "with friends", "with my family", "on a train", "in town"]
 ASPECT = "plot acting music script ending dialogue pacing camera cast humor story lighting".split()
 ADJECTIVE = {+1: "wonderful brilliant moving charming superb delightful clever gripping excellent".split(),
@@ -214,6 +219,45 @@ def tiny_log_mgf(s):
     slots = [len(re.findall(r"{[-+~]}", text)) for text in SENTENCES]
     sentence = np.mean([slot ** n for n in slots])
     return np.log(np.mean([sentence ** n for n in N_SENTENCES]))
+
+
+def read_tiny(text):
+    """Parses a response to a prompt of the grammar: the end of the opening, then sentences.
+
+    -> for each sentence the sum of its opinions and whether it turns one around ("not X at all"), or None
+    where no rule of the grammar derives it, or where it is not finished.
+    """
+    *pieces, rest = text.split(" .")
+    sentences = [] if rest.strip() == "" else [None]      # what follows the last full stop
+    for place, piece in enumerate(pieces):
+        if place == 0 and piece.strip() in WHERE:
+            continue
+        reading = None
+        for pattern, turned in sentence_patterns():
+            match = pattern.fullmatch(piece.strip())
+            if match:
+                opinions = sum(OPINION_OF[word] for word in match.groups())
+                reading = (-opinions if turned else opinions, turned)
+        sentences.append(reading)
+    return sentences
+
+
+OPINION_OF = {word: opinion for lists in (ADJECTIVE, VERB) for opinion in lists for word in lists[opinion]}
+
+
+@functools.cache
+def sentence_patterns():
+    """[(regular expression, whether it turns its opinion around)] of SENTENCES, a group for every opinion."""
+    patterns = []
+    for sentence in SENTENCES:
+        words = []
+        for word in sentence.removesuffix(" .").split():
+            if word in OPINIONATED:
+                words.append("(" + "|".join(sum(OPINIONATED[word].values(), [])) + ")")
+            else:
+                words.append("(?:" + "|".join(NEUTRAL.get(word, [word])) + ")")
+        patterns.append((re.compile(" ".join(words)), "{-}" in sentence))
+    return patterns
 
 
 def tiny_encoding():
@@ -353,16 +397,16 @@ def best_first(rows):
     return ordered
 
 
-def split_rows(rows, held_out, seed=0):
+def split_rows(rows, held_out):
     """-> rows to train on, rows held out, both in their order; a prompt's rows are all on one side.
 
     held_out: a share of the rows in (0, 1), met as closely as whole prompts allow.  Which prompts are held
-    out depends on the seed and on the prompts, not on the order of the rows.
+    out depends on the prompts alone, not on the order of the rows.
     """
     count = Counter(tuple(row.prompt) for row in rows)
     if len(count) < 2:
         raise UserError("all rows have the same prompt, so none can be held out: add rows of other prompts")
-    order = sorted(count, key=lambda prompt: hashlib.sha256(repr((seed, prompt)).encode()).digest())
+    order = sorted(count, key=lambda prompt: hashlib.sha256(repr((0, prompt)).encode()).digest())
     left = held_out * len(rows)
     held = set()
     for prompt in order[:-1]:                             # one prompt is always trained on

@@ -87,14 +87,20 @@ def distinct2(ids, mask):
 
 # ---- the limit ---------------------------------------------------------------------------------------------
 
-def limit_at(reward, beta):
-    """pi*_beta from rewards of pi_sft's responses.  (P, M) -> reward, KL, effective samples, log Z: (P,)"""
+def limit_at(reward, beta, judged=None):
+    """pi*_beta from rewards of pi_sft's responses.  (P, M) -> reward, KL, effective samples, log Z: (P,)
+
+    judged: the rewards to report, where others than those that shape pi*_beta; (P, M) of the same responses.
+    """
     r = np.asarray(reward, dtype=np.float64)
     log_w = r / beta                                                            # (P, M)
     log_z = np.logaddexp.reduce(log_w, axis=1) - math.log(r.shape[1])           # (P,)
     w = np.exp(log_w - log_z[:, None]) / r.shape[1]                             # (P, M), sums to 1
     best = (w * r).sum(1)                                                       # (P,)
-    return best, best / beta - log_z, 1 / (w ** 2).sum(1), log_z
+    kl = best / beta - log_z                                                    # (P,)
+    if judged is not None:
+        best = (w * np.asarray(judged, dtype=np.float64)).sum(1)                # (P,)
+    return best, kl, 1 / (w ** 2).sum(1), log_z
 
 
 def supported(ess):
@@ -102,19 +108,49 @@ def supported(ess):
     return bool((ess >= 50).mean() >= 0.9)
 
 
-def limit_curve(reward, betas=None):
+def limit_curve(reward, betas=None, judged=None):
     """The limit over beta.  (P, M) -> {beta, reward, kl, supported (only there it is drawn): (n,), start}
 
-    start: pi_sft's reward on the same prompts, where the curve begins at KL 0.
+    start: pi_sft's reward on the same prompts, where the curve begins at KL 0.  judged: as in `limit_at`: on
+    a reward model's rewards, judged by the oracle's, it is the limit of what sees the reward model alone.
     """
     betas = np.geomspace(100, 0.02, 200) if betas is None else np.array(betas)
     curve = {"beta": betas, "reward": [], "kl": [], "supported": []}
     for beta in betas:
-        best, kl, ess, _ = limit_at(reward, beta)                               # (P,) each
+        best, kl, ess, _ = limit_at(reward, beta, judged)                       # (P,) each
         curve["reward"].append(best.mean())
         curve["kl"].append(kl.mean())
         curve["supported"].append(supported(ess))
-    return {name: np.array(column) for name, column in curve.items()} | {"start": float(np.mean(reward))}
+    start = np.mean(reward if judged is None else judged)
+    return {name: np.array(column) for name, column in curve.items()} | {"start": float(start)}
+
+
+def share_of_objective(beta, reward, kl, start, limit_reward, model_reward=None):
+    """The gain in J = E r - beta KL over pi_sft's as a share of pi*_beta's.  -> share, se; None x 2 beyond it
+
+    reward, kl: (P, S) of the policy's responses, start: (P, S) pi_sft's rewards on the same prompts.
+    limit_reward: (P', M) of pi_sft's responses; model_reward: a reward model's of the same, for the share of
+    what a policy can gain that sees it alone.  se: over prompts, of the numerator.
+    """
+    if model_reward is None:
+        best, best_kl, ess, _ = limit_at(limit_reward, beta)
+    else:
+        best, best_kl, ess, _ = limit_at(model_reward, beta, limit_reward)
+    if not supported(ess):
+        return None, None
+    best_gain = (best - beta * best_kl - np.mean(limit_reward, axis=1)).mean()
+    if best_gain <= 0:
+        return None, None
+    gain, se = mean_se(reward - beta * kl - start)
+    return gain / best_gain, se / best_gain
+
+
+def kl_needed(gain, curve):
+    """The KL at which the limit gains this reward over pi_sft's; None where it is not supported."""
+    on = curve["supported"]
+    if not on.any() or not 0 < gain < curve["reward"][on].max() - curve["start"]:
+        return None
+    return float(np.interp(gain, curve["reward"][on] - curve["start"], curve["kl"][on]))
 
 
 def beta_at(reward, kl):

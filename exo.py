@@ -11,7 +11,7 @@ over those K, so that no Z is ever needed:
 
 beta_pi * beta_r = beta.  As K grows the gradient of L_EXO is that of KL(pi^beta_pi || pi*_beta_r), where
 pi^beta_pi is pi_theta^beta_pi pi_sft^(1 - beta_pi), normalised: the generalised alignment objective
-(Theorem 3.2), which at beta_pi = 1 is J itself.
+(Theorem 3.2), which at beta_pi = 1 is -J / beta_r up to a constant.
 `dpo.py` is this file with the two distributions swapped: read them side by side.
 
 Everything here is a pure function of sequence log-probs in nats: B prompts, K candidate responses each.
@@ -51,7 +51,7 @@ def exo_pref_loss(logp, ref_logp, beta_pi=0.1, eps=1e-3):
 
 
 def check_inputs(logp, ref_logp, reward=None, pairs=False, eps=None, **betas):
-    """Refuses with a ValueError of one sentence what no loss of exo.py, dpo.py and xpo.py is defined on."""
+    """Raises ValueError for shapes and coefficients on which the losses of exo, dpo and xpo are undefined."""
     if logp.dim() != 2 or logp.shape[0] == 0:
         raise ValueError(f"logp must have shape (B, K), a row for each prompt, got {tuple(logp.shape)}")
     for name, tensor in (("ref_logp", ref_logp), ("reward", reward)):

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 import evaluate
 import stages
-from checkpoint import atomic, read_json, read_tensors
+from checkpoint import atomic, read_tensors
 from compute import UserError, rank, rng
 from model import respond, sequence_logprob
 from run import alignments, open_run
@@ -42,16 +42,19 @@ class Group:
     def __init__(self, members, family, relatives):
         self.members, self.family = members, family
         about = members[0].about
-        method, feedback, K = family
+        method, feedback, K, rounds = family
         self.label = NAMES[method]
         if method in ("exo", "dpo"):
             self.label += "-rw" if feedback == "reward" else "-pref"
         if K:
             self.label += f" K={K}"
+        if rounds > 1:
+            self.label += f", {rounds} rounds"
         for name, value in about.items():
             if name != "seed" and any(other.get(name) != value for other in relatives):
                 self.label += f" {NAMES.get(name, name)}={value}"
-        self.look = {"color": COLORS[method], "linestyle": "--" if feedback == "preferences" else "-",
+        solid = "-." if rounds > 1 else "-"
+        self.look = {"color": COLORS[method], "linestyle": "--" if feedback == "preferences" else solid,
                      "linewidth": 1.4, "marker": MARKERS.get(K, "s"), "markersize": 4.5,
                      "fillstyle": FILLS[relatives.index(about) % len(FILLS)]}
         self.seeds = []                                 # for each eval.csv's rows, and what figures' csv add
@@ -65,7 +68,7 @@ def grouped(aligned):
     families = {}
     for one in aligned:
         about = one.about
-        family = (one.method, about["feedback"], about["K"])
+        family = (one.method, about["feedback"], about["K"], about["rounds"])
         settings = frozenset(item for item in about.items() if item[0] != "seed")
         families.setdefault(family, {}).setdefault(settings, []).append(one)
     groups = []
@@ -76,17 +79,22 @@ def grouped(aligned):
 
 
 def selected(groups, most=4):
-    """The lines of a figure that has few: one a method, then others while there is room.
+    """The lines of a figure that has few: EXO, EXO in rounds, DPO, PPO, XPO, then others while there is room.
 
-    Of a method: rewards before pairs, K = 4 before others, then the group with most seeds.
+    Of a method: rewards before pairs, K = 4 before others, the group with most seeds, the usual settings.
     """
     def order(group):
-        _, feedback, K = group.family
-        return feedback != "reward", K != 4, -len(group.members)
+        _, feedback, K, _ = group.family
+        return feedback != "reward", K != 4, -len(group.members), len(group.members[0].folder.name)
+
+    def kind(group):
+        method, _, _, rounds = group.family
+        return method, rounds > 1
 
     ordered = sorted(groups, key=order)
-    first = {group.family[0]: group for group in reversed(ordered)}             # the last to enter stays
-    chosen = [first[method] for method in NAMES if method in first]
+    first = {kind(group): group for group in reversed(ordered)}                 # the last to enter stays
+    kinds = [(method, in_rounds) for method in NAMES for in_rounds in (False, True)]
+    chosen = [first[one] for one in kinds if one in first]
     chosen += [group for group in ordered if group not in chosen]
     return chosen[:most]
 
@@ -103,15 +111,15 @@ def draw(run):
     limits = sorted(run.folder.glob("limit-*/rewards.safetensors"), key=lambda path: path.stat().st_size)
     if not aligned or not limits:
         raise UserError(f"{run.folder} holds no finished alignment yet: run train.py first")
-    limit_reward = read_tensors(limits[-1])[0]["reward"].numpy()                # (P, M)
-    curve = evaluate.limit_curve(limit_reward)
+    limit = {name: column.numpy() for name, column in read_tensors(limits[-1])[0].items()}    # (P, M) each
+    curve = evaluate.limit_curve(limit["reward"])
     groups = grouped(aligned)
-    frontier(run, groups, limit_reward, curve)
+    frontier(run, groups, limit, curve)
     if not run.own:                                     # accuracy is the oracle's probability
         accuracy(run, groups)
     curves(run, groups)
     density(run, selected([group for group in groups if group.family[0] in ("exo", "dpo")]))
-    table(run, aligned, limit_reward, curve)
+    table(run, aligned, limit, curve)
 
 
 def progress(run):
@@ -166,37 +174,48 @@ def write_csv(path, columns, rows):
         writer.writerows(rows)
 
 
-def frontier(run, groups, limit_reward, curve):
-    """Figure 2: checkpoints, the limit where it is supported, best-of-n.  limit_reward: (P, M) of pi_sft"""
-    limit, best = [], []
-    for beta, kl, reward, drawn in zip(curve["beta"], curve["kl"], curve["reward"], curve["supported"]):
-        if drawn:
-            limit.append({"curve": "limit", "kl": kl, "reward": reward, "beta_or_n_or_step": beta})
-    for n in (1, 2, 4, 8, 16, 32, 64):
-        if n <= limit_reward.shape[1]:
-            kl, reward = evaluate.best_of_n(limit_reward, n)
-            best.append({"curve": "best-of-n", "kl": kl, "reward": reward, "beta_or_n_or_step": n})
-    columns = ("curve", "seed", "kl", "reward", "beta_or_n_or_step")
-    write_csv(run.folder / "frontier.csv", columns, limit + best + rows_of(groups))
-    few = selected(groups)
+def frontier(run, groups, limit, curve):
+    """Figure 2: checkpoints, the limits where they are supported, best-of-n.
+
+    limit: {reward, and where there is a reward model beside the judge model_reward: (P, M)} of pi_sft.
+    """
     judge = "reward model" if run.own else "oracle"
-    limit_label = f"the limit: $\\pi^*_\\beta$ over $\\beta$ (on {len(limit_reward)} of the prompts)"
-    lines = [("limit", "-", limit_label, limit),
-             ("best-of-n", ".:", f"best of n by the {judge} (KL: upper bound)", best)]
+    text = f"the limit: $\\pi^*_\\beta$ over $\\beta$ (on {len(limit['reward'])} of the prompts)"
+    lines = [("limit", 1.8, "-", text, limit_rows("limit", curve))]
+    if "model_reward" in limit:
+        seen = evaluate.limit_curve(limit["model_reward"], judged=limit["reward"])
+        text = "$\\pi^*_\\beta$ of the reward model, judged by the oracle"
+        lines.append(("limit", 0.8, "-", text, limit_rows("model-limit", seen)))
+    best = []
+    for n in (1, 2, 4, 8, 16, 32, 64):
+        if n <= limit["reward"].shape[1]:
+            kl, reward = evaluate.best_of_n(limit["reward"], n)
+            best.append({"curve": "best-of-n", "kl": kl, "reward": reward, "beta_or_n_or_step": n})
+    lines.append(("best-of-n", 1.8, ".:", f"best of n by the {judge} (KL: upper bound)", best))
+    columns = ("curve", "seed", "kl", "reward", "beta_or_n_or_step")
+    drawn = [row for line in lines for row in line[-1]]
+    write_csv(run.folder / "frontier.csv", columns, drawn + rows_of(groups))
+    few = selected(groups)
     frontier_picture(run, run.folder / "frontier.png", few, lines)
     if len(few) < len(groups):
         frontier_picture(run, run.folder / "frontier-all.png", groups, lines)
 
 
+def limit_rows(name, curve):
+    points = zip(curve["beta"], curve["kl"], curve["reward"], curve["supported"])
+    return [{"curve": name, "kl": kl, "reward": reward, "beta_or_n_or_step": beta}
+            for beta, kl, reward, supported in points if supported]
+
+
 def frontier_picture(run, path, groups, lines):
-    """These groups, and lines of (name, style, label, rows) as far as the groups go."""
+    """These groups, and lines of (colour's name, width, style, label, rows) as far as the groups go."""
     figure, axes = canvas(run, "reward against KL on", KL_AXIS, reward_axis(run))
     furthest = 1.1 * max(row["kl"] for row in rows_of(groups))
-    for name, style, text, rows in lines:
+    for name, width, style, text, rows in lines:
         near = [row for row in rows if row["kl"] <= furthest]
         kl = [row["kl"] for row in near]
         reward = [row["reward"] for row in near]
-        axes.plot(kl, reward, style, color=COLORS[name], label=text, linewidth=1.8)
+        axes.plot(kl, reward, style, color=COLORS[name], label=text, linewidth=width)
     for group in groups:
         plot(axes, group, "kl", "reward")
     save(figure, path)
@@ -215,10 +234,9 @@ def curves(run, groups):
     """Figure 8: reward on the way, and a response's standard deviation around its prompt's mean."""
     for group in groups:
         for one, rows in zip(group.members, group.seeds):
-            checkpoints = read_json(one.folder / "stage.json")["settings"]["checkpoints"]
-            for number, row in enumerate(rows[1:], 1):  # the first is pi_sft's
+            for row in rows[1:]:                        # the first is pi_sft's
                 samples = read_tensors(one.folder / f"step-{int(row['step']):05d}" / "samples.safetensors")[0]
-                row["share"] = number / checkpoints
+                row["share"] = row["step"] / one.about["steps"]
                 row["within_prompt_sd"] = float(stages.within_prompt_sd(samples["reward"]))
     figure, reward, spread = canvas(run, "reward during training, on", "share of the training",
                                     reward_axis(run), "standard deviation of a prompt's rewards")
@@ -278,8 +296,13 @@ def density(run, groups):
 # ---- the table and the samples -----------------------------------------------------------------------------
 
 @torch.no_grad()
-def table(run, aligned, limit_reward, curve):
-    """A row an alignment: its last checkpoint, share of the limit on the way, gap to it, win rates."""
+def table(run, aligned, limit, curve):
+    """A row an alignment: its last checkpoint, its gain in J, its distance to the limit, its win rates.
+
+    objective_share: the gain in J = E r - beta KL over pi_sft's, beta the run's own, a share of pi*_beta's;
+    model_share: of what pi*_beta of the reward model gains, for a method that sees that reward alone.
+    kl_ratio: the KL spent over the KL that the limit needs for the same reward.
+    """
     judge, trained = "rm" if run.own else "oracle", run.folder / "reward_model"
     score = None
     if not run.own and (trained / "report.json").exists():              # a second opinion
@@ -293,29 +316,61 @@ def table(run, aligned, limit_reward, curve):
 
     before = read_tensors(run.folder / "reference" / "samples.safetensors")[0]
     sft, data = rewards(before), rewards(before, "data_")                       # (P, S) and (P,) each
-    reach = curve["kl"][curve["supported"]].max(initial=0)
-    n = len(limit_reward)
-    start = aligned[0].rows[0]["reward"]
-    print(f"\npi_sft: reward {start:.2f}.  Last checkpoints (wins, {judge}: over pi_sft, over the data):")
+    n = len(limit["reward"])
     rows = []
     for one in aligned:
         row = {"run": one.folder.name} | one.rows[-1]
-        for name, kl in {"0.5": 0.5, "1": 1, "2": 2, "4": 4, "end": min(row["kl"], reach)}.items():
-            row[f"share_at_{name}"] = evaluate.share_of_limit(kl, one.rows, curve)
         samples = read_tensors(one.last / "samples.safetensors")[0]
+        row |= gains(one, samples, before, limit)
+        needed = evaluate.kl_needed(row["reward"] - one.rows[0]["reward"], curve)
+        row["kl_ratio"] = row["kl"] / needed if needed else None
+        for kl in (0.5, 1, 2):
+            row[f"share_at_{kl:g}"] = evaluate.share_of_limit(kl, one.rows, curve)
         reward, kl = samples["reward"][:n].mean(1), samples["kl"][:n].mean(1)   # (n,), (n,)
-        gap = evaluate.gap_to_limit(limit_reward, reward.numpy(), kl.numpy())
+        gap = evaluate.gap_to_limit(limit["reward"], reward.numpy(), kl.numpy())
         for name in ("gap", "se", "bias", "beta"):
-            row[name] = gap[name] if gap and gap["supported"] else None
+            column = name if name == "gap" else f"gap_{name}"
+            row[column] = gap[name] if gap and gap["supported"] else None
         for name, ours in rewards(samples).items():     # (P, S)
             row[f"wins_sft_{name}"] = evaluate.win_rate(ours, sft[name])
             row[f"wins_data_{name}"] = evaluate.win_rate(ours, data[name][:, None])
         rows.append(row)
-        share = "–" if row["share_at_end"] is None else f"{row['share_at_end']:.0%}"
-        wins, wins_data = row[f"wins_sft_{judge}"], row[f"wins_data_{judge}"]
-        print(f"{row['run']:26} reward {row['reward']:5.2f} ± {row['reward_se']:.2f}, KL {row['kl']:5.2f}, "
-              f"{share:>4} of the limit's gain, wins {wins:4.0%} {wins_data:4.0%}")
     write_csv(run.folder / "table.csv", list(rows[0]), rows)
+    print_table(rows, aligned[0].rows[0]["reward"], judge)
+
+
+def gains(one, samples, before, limit):
+    """The gain in J at the alignment's own beta, as shares of the optimum's.
+
+    From Bradley-Terry pairs beta is beta_pi; argmax labels tell no beta.
+    """
+    if one.about["feedback"] == "preferences" and one.about["labels"] == "argmax":
+        return dict.fromkeys(("own_beta", "objective_share", "objective_share_se", "model_share"))
+    beta = one.about["beta_pi"]
+    if one.about["feedback"] == "reward":
+        beta *= one.about["beta_r"]
+    ours = (beta, samples["reward"], samples["kl"], before["reward"], limit["reward"])
+    share, se = evaluate.share_of_objective(*ours)
+    model_share = None
+    if one.about["feedback"] == "reward" and "model_reward" in limit:
+        model_share = evaluate.share_of_objective(*ours, limit["model_reward"])[0]
+    return {"own_beta": beta, "objective_share": share, "objective_share_se": se, "model_share": model_share}
+
+
+def print_table(rows, start, judge):
+    def cells(row, *names):
+        return " ".join("    –" if row[name] is None else f"{row[name]:5.0%}" for name in names)
+
+    print(f"\npi_sft: reward {start:.2f}.  At the end: J, the gain in E r - beta KL as a share of pi*'s;\n"
+          "x KL, the KL over what the limit needs; the share of the limit's reward at KL .5, 1, 2;\n"
+          f"wins by the {judge} over pi_sft and over the data's own.\n"
+          f"{'':30} {'reward':>13} {'KL':>6} {'J':>5} {'±':>5} x KL {'.5':>5} {'1':>5} {'2':>5}  wins  data")
+    for row in rows:
+        ratio = "   –" if row["kl_ratio"] is None else f"{row['kl_ratio']:4.1f}"
+        print(f"{row['run']:30} {row['reward']:6.2f} ± {row['reward_se']:.2f} {row['kl']:6.2f} "
+              f"{cells(row, 'objective_share', 'objective_share_se')} {ratio} "
+              f"{cells(row, 'share_at_0.5', 'share_at_1', 'share_at_2')} "
+              f"{cells(row, f'wins_sft_{judge}', f'wins_data_{judge}')}")
 
 
 def scored(run, score, ids, mask):

@@ -73,7 +73,7 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
-        for name, parameter in self.named_parameters():             # GPT-2's own initialisation
+        for name, parameter in self.named_parameters():             # as nanoGPT
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
             elif "ln_" not in name:

@@ -26,7 +26,8 @@ Kept:
     gradient clip depends on the reward's scale.  Same without.
  5. Policy loss clipped (N, DS, TRL): 51 to 84% without.  Value loss clipped (N, DS, TRL), here in standard
     deviations of the returns (ours): same without.
- 6. 4 passes over the responses, in minibatches (N, TRL; DS once): 2 passes 93 to 94%, one step 78 to 81%.
+ 6. 4 passes over the responses (N, TRL; DS once), in minibatches (ours; N: one): 2 passes 93 to 94%, one step
+    78 to 81%.
  7. Adam's eps 1e-5 (N), set where the optimizers are made: the first steps do not divide by almost 0.  Same
     with 1e-8.
  8. Log-probs under the sampling temperature in pi, pi_old and pi_sft (N, TRL; not DS), as was sampled.
@@ -136,8 +137,8 @@ def explained_variance(values, returns, mask):
 # ---- one iteration ------------------------------------------------------------------------------------
 
 def rollout(policy, ref, critic, reward, prompts, max_new_tokens, temperature=1.0, eos_id=None,
-            generator=None, samples=1):
-    """Samples `samples` responses a prompt, with everything about them that stays fixed during the updates.
+            generator=None, samples=1, rows=1024):
+    """Samples `samples` responses a prompt, `rows` at once, with all about them that the updates leave fixed.
 
     prompts: (n, T0) ids, or n id lists.  reward: (ids, mask) -> (N,).  N = n * samples, a prompt's together.
     -> {ids, mask, old_logp, ref_logp, old_values: (N, T), reward: (N,)}
@@ -149,31 +150,30 @@ def rollout(policy, ref, critic, reward, prompts, max_new_tokens, temperature=1.
                 "reward": reward(ids, mask)}                                             # (N,)
 
     prompts = [prompt for prompt in prompts for _ in range(samples)]
-    batch = respond(policy, prompts, max_new_tokens, temperature, eos_id, generator, len(prompts), scores)
+    batch = respond(policy, prompts, max_new_tokens, temperature, eos_id, generator, rows, scores)
     T = trim(batch["ids"], batch["mask"])[0].shape[1]
-    reward = batch.pop("reward")
-    batch = {name: column[:, :T] for name, column in batch.items()}
-    batch["reward"] = reward
     device = policy.wte.weight.device
-    return {name: column.to(device) for name, column in batch.items()}
+    for name, column in batch.items():
+        batch[name] = (column if name == "reward" else column[:, :T]).to(device)
+    return batch
 
 
 def iteration(policy, ref, critic, policy_optimizer, critic_optimizer, reward, prompts, *, policy_lr,
               critic_lr, beta, max_new_tokens, temperature=1.0, eos_id=None, generator=None, samples=1,
               epochs=4, minibatches=2, clip=0.2, value_clip=0.2, gamma=1.0, lam=0.95, critic_only=False,
-              micro_batch_size=0, where="ppo"):
+              micro_batch_size=0, sample_batch=1024, where="ppo"):
     """One PPO iteration: sample, score, estimate advantages, then epochs x minibatches steps of each model.
 
     policy, ref: GPT; critic: ScalarGPT; prompts, reward, samples as in `rollout`; optimizers: AdamW.
     policy_lr, critic_lr: this iteration's; the schedule is the caller's.  critic_only: see detail 3.
     value_clip: in standard deviations of the returns (detail 5), math.inf for none.
-    micro_batch_size: rows at a time in an update, 0 for all; it changes memory, not the result.
+    micro_batch_size: rows at a time in an update, 0 for all; sample_batch: in sampling: memory, not results.
     generator (CPU): the only source of randomness, first for the responses, then for the minibatches.
     -> {name: float}: reward, kl (log-ratio to pi_sft in nats a response), objective (J) and length of the
     responses, explained_variance of the critic, all before the updates; the others are means over updates.
     """
     batch = rollout(policy, ref, critic, reward, prompts, max_new_tokens, temperature, eos_id, generator,
-                    samples)
+                    samples, sample_batch)
     ids, mask, old_logp, old_values = (batch[name] for name in ("ids", "mask", "old_logp", "old_values"))
     rewards = token_rewards(old_logp, batch["ref_logp"], batch["reward"], mask, beta)    # (N, T)
     advantages, returns = gae(rewards, old_values, mask, gamma, lam)                     # (N, T), (N, T)

@@ -37,6 +37,10 @@ class Run:
     def block_size(self):
         return self.cfg.prompt_tokens + self.cfg.new_tokens
 
+    def names(self, *names):
+        """What a stage's random numbers depend on: its name and --pipeline."""
+        return ("pipeline", self.cfg.pipeline, *names) if self.cfg.pipeline else names
+
     def settings(self, *stages):
         """The settings that the artifact of one of these stages depends on, beside its upstream."""
         precision = "bf16" if self.bf16 else f"float32 {self.cfg.matmul}"
@@ -48,7 +52,7 @@ class Run:
         if self.own:
             return [data.file_sha256(path) for path in (self.cfg.data, self.cfg.eval_data) if path]
         if self.cfg.data == "tiny":
-            return "grammar 1"
+            return "grammar 2"
         return data.imdb_key(self.cfg.imdb, self.encoding)[1]
 
     @cached_property
@@ -64,7 +68,10 @@ class Run:
             both = data.load_tiny(cfg.sft_reviews, cfg.test_reviews, self.encoding)
         else:
             both = data.load_imdb(cfg.imdb, self.encoding)
-        reviews = {split: shuffled(both[split], split, cfg.prompt_tokens) for split in both}
+        reviews = {}
+        for split in both:
+            generator = rng(*self.names("reviews", split))
+            reviews[split] = shuffled(both[split], split, generator, cfg.prompt_tokens)
         train = reviews["train"]
         needed = [("--sft-reviews", cfg.sft_reviews, len(train)),
                   ("--prompts", cfg.prompts, int((train.label >= 0).sum()))]
@@ -144,12 +151,12 @@ class Run:
         return max(1, self.cfg.micro_batch_size // rows_each)
 
 
-def shuffled(reviews, split, prompt_tokens):
+def shuffled(reviews, split, generator, prompt_tokens):
     """Reviews in random order, the labelled ones first, without those that are not longer than a prompt."""
     long = np.array([len(ids) > prompt_tokens for ids in reviews.ids], dtype=bool)
     if not long.all():
         print(f"{split}: {(~long).sum():,} of {len(reviews):,} reviews skipped: not longer than a prompt")
-    order = torch.randperm(len(reviews), generator=rng("reviews", split)).numpy()
+    order = torch.randperm(len(reviews), generator=generator).numpy()
     order = order[long[order]]
     unlabelled = reviews.label[order] < 0
     reviews = reviews.pick(order[np.argsort(unlabelled, kind="stable")])
@@ -172,7 +179,7 @@ def open_run(folder):
 class Aligned:
     """An alignment in a run's folder: what stage.json says of it, eval.csv's rows, its last checkpoint."""
     folder: Path
-    about: dict                                        # method, feedback, K, beta_pi, beta_r, alpha, lr, seed
+    about: dict                                        # what train.Training.about wrote
     rows: list
     last: Path
 
@@ -215,6 +222,7 @@ def settle(run):
     cfg.responses = K
     cfg.num_candidates = sorted({min(asked, K) for asked in cfg.num_candidates})
     cfg.checkpoints = min(cfg.checkpoints, cfg.align_steps)
+    cfg.rounds = min(cfg.rounds, cfg.align_steps, max(1, n // cfg.align_batch))
     cfg.eval_prompts = min(cfg.eval_prompts, len(test))
     cfg.limit_prompts = min(cfg.limit_prompts, cfg.eval_prompts)
     cfg.xpo_prompts = min(cfg.xpo_prompts, n)

@@ -14,17 +14,12 @@ from pathlib import Path
 import torch
 
 import stages
-from checkpoint import read_json
+from checkpoint import finished
 from compute import UserError, rng
 from model import generate, sequence_logprob
 from run import alignments, open_run
 
 METHODS = ("exo", "dpo", "ppo", "xpo", "online-dpo")
-
-
-def finished(folder):
-    path = folder / "stage.json"
-    return path.exists() and "done" in read_json(path)
 
 
 def policies(folder, methods):

@@ -38,10 +38,11 @@ class Config:
     run: str = opt("", "the folder of this run's artifacts (default: runs/PRESET)")
     smoke: bool = opt(False, "all stages at a toy size, in seconds: does it run from end to end?")
     device: str = opt("auto", "where to compute", "", ["auto", "cpu", "cuda", "mps"])
-    matmul: str = opt("highest", "float32 matmul precision [ours]", "", ["highest", "high", "medium"])
+    matmul: str = opt("highest", "float32 products; with bf16 high [ours]", "", ["highest", "high", "medium"])
     compile: bool = opt(False, "torch.compile the policy's blocks [ours]")
     micro_batch_size: int = opt(0, "rows at once in training, 0: whole batches; memory, not results [ours]")
     sample_batch: int = opt(1024, "rows sampled at once [ours]", "responses limit")
+    pipeline: int = opt(0, "repeats the stages before alignment with other random numbers [ours]", "sft")
     save_every: int = opt(100, "steps between the saves that an interrupted stage goes on from [ours]")
     # reviews
     data: str = opt("tiny", "tiny: a built-in grammar; imdb; or your preferences, a .jsonl file", "sft")
@@ -82,6 +83,9 @@ class Config:
     align_lr: float = opt(1e-4, "peak learning rate of EXO, DPO and XPO [paper: 1e-6]", "offline xpo")
     beta_pi: float = opt(0.5, "scales the log-ratio; DPO's beta on pairs [official code: 0.1]", "align")
     beta_r: float = opt(1.0, "divides the reward; beta = beta_pi * beta_r [official code: 0.1]", "align")
+    rounds: int = opt(1, "times that EXO and DPO draw responses, from the present policy; 1: once, from "
+                      "pi_sft [paper]; --method all: one run more, of 8 [ours]")
+    warmup: float = opt(0.0, "part of the steps in which the rate rises [official code: none]", "align")
     eps: float = opt(1e-3, "label smoothing of EXO's pairs [paper]", "offline")
     ppo_steps: int = opt(80, "PPO's iterations [ours]", "ppo")
     ppo_batch: int = opt(64, "prompts an iteration, a fresh response each [paper: tuned, not given]", "ppo")
@@ -97,10 +101,10 @@ class Config:
     # evaluation
     eval_split: str = opt("test", "test: evaluate on test prompts; train: to choose settings, on training "
                           "prompts that no method aligns on", "limit reference align", ["test", "train"])
-    checkpoints: int = opt(6, "checkpoints evaluated, evenly spaced [official code: 10]", "align")
+    checkpoints: int = opt(8, "checkpoints evaluated, evenly spaced in the root of the step [ours]", "align")
     eval_prompts: int = opt(256, "prompts of evaluation [paper: 512]", "reference align")
     eval_samples: int = opt(4, "responses to each [paper]", "reference align")
-    limit_prompts: int = opt(32, "of these, those of the limit; --method all: 64 [ours]", "limit")
+    limit_prompts: int = opt(32, "evaluation prompts that the limit uses; --method all: 64 [ours]", "limit")
     limit_responses: int = opt(1024, "responses of pi_sft each; --method all: 4,096 [ours]", "limit")
 
     @property
@@ -132,9 +136,11 @@ IMDB_SMALL = IMDB | dict(                                 # ours: a small model 
     limit_responses=4096, sample_batch=1024, micro_batch_size=256)
 PRESETS = {"tiny": {}, "imdb-small": IMDB_SMALL, "imdb": IMDB,
            "imdb-large": IMDB | dict(init="gpt2-large", sample_batch=128, micro_batch_size=16)}
+ALL_METHODS = dict(rounds=8)
 ALL_ON_TINY = dict(limit_prompts=64, limit_responses=4096)
-OWN_DATA = dict(tokenizer="gpt2", labels="argmax",        # 0: as the file needs, `stages.settle`
+OWN_DATA = dict(tokenizer="gpt2", labels="argmax",        # 0: as the file needs, `run.settle`
                 prompt_tokens=0, new_tokens=0, sft_steps=0, rm_steps=0, align_steps=0)
+WITH_ROUNDS = [("exo", "reward"), ("dpo", "reward")]
 SMOKE = dict(
     init="", n_layer=2, n_head=2, n_embd=32, sft_reviews=2_000, test_reviews=500, sft_steps=30, sft_batch=16,
     oracle_steps=30, oracle_batch=16, prompts=64, rm_steps=10, rm_batch=16, align_steps=10, align_batch=8,
@@ -188,8 +194,8 @@ def parse(argv=None):
     elif preset == "auto":
         preset, why = "tiny", "no CUDA in use"
     settings = dict(PRESETS[preset])
-    if preset == "tiny" and given.get("method") == "all":
-        settings |= ALL_ON_TINY
+    if given.get("method") == "all":
+        settings |= ALL_METHODS | (ALL_ON_TINY if preset == "tiny" else {})
     data = given.get("data", settings.get("data", "tiny"))
     name = preset
     if data == "imdb":
@@ -200,17 +206,26 @@ def parse(argv=None):
     if smoke:
         settings |= SMOKE
         name += "-smoke"
+    if given.get("pipeline"):
+        name += f"-pipeline{given['pipeline']}"
     if given.get("eval_split") == "train":
         name += "-trials"
     cfg = Config(**{"run": f"runs/{name}"} | settings | given | {"preset": preset})
+    if "rounds" not in given and not cfg.own:             # --method all's own
+        cfg.rounds = max(1, min(cfg.rounds, most_rounds(cfg)))
     if problem := impossible(cfg):
         parser.error(problem)
     return cfg, why
 
 
+def most_rounds(cfg):
+    """As many rounds as have a step each, and a batch of different prompts."""
+    return min(cfg.align_steps, cfg.prompts // cfg.align_batch)
+
+
 def impossible(cfg):
     """What is wrong with these values, in one sentence, or None."""
-    zero = {"micro_batch_size", "alpha", "ppo_warmup"}
+    zero = {"micro_batch_size", "alpha", "ppo_warmup", "warmup", "pipeline"}
     if cfg.own:
         zero |= {name for name, value in OWN_DATA.items() if value == 0}
     for setting in fields(cfg):
@@ -224,6 +239,11 @@ def impossible(cfg):
         (not cfg.own or cfg.eval_split == "test",
          "--eval-split train has no prompts left in --data: name a file of others by --eval-data instead"),
         (cfg.held_out < 1, f"--held-out must lie in (0, 1), got {cfg.held_out}"),
+        (cfg.warmup < 1, f"--warmup must lie in [0, 1), got {cfg.warmup}"),
+        (cfg.rounds == 1 or cfg.method == "all" or (cfg.method, cfg.feedback) in WITH_ROUNDS,
+         "--rounds is for --method exo and dpo with --feedback reward: the fresh responses need scores"),
+        (cfg.own or cfg.rounds == 1 or cfg.rounds <= most_rounds(cfg),
+         f"--rounds must be at most --align-steps, each with a batch of prompts: {most_rounds(cfg)} here"),
         (cfg.eps < 0.5, f"--eps must lie in (0, 0.5), got {cfg.eps}"),
         (min(cfg.num_candidates) >= 2 and (max(cfg.num_candidates) <= cfg.responses or cfg.own),
          f"--num-candidates must lie between 2 and --responses {cfg.responses}, got {cfg.num_candidates}"),

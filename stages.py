@@ -8,15 +8,28 @@ A file of preferences (--data) brings its own responses, and has no oracle: the 
     chosen texts -> pi_sft -> log pi_sft of the file's responses -> pairs -> reward model
 
 Each leaves one artifact in its own folder of the run.  A stage whose artifact is there, made with the same
-settings from the same upstream artifacts, is read and not run again.  Nothing here depends on the method.
+settings from the same upstream artifacts, is read and not run again.
 """
+import math
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 import data
-from checkpoint import Log, Rows, begin, finish, read_json, read_tensors, resumable, write_json, write_tensors
-from compute import Sums, UserError, adamw, batch_at, cosine, micro_batches, rng, update
+from checkpoint import (
+    Log,
+    Rows,
+    begin,
+    finish,
+    finished,
+    read_json,
+    read_tensors,
+    resumable,
+    write_json,
+    write_tensors,
+)
+from compute import Sums, UserError, adamw, batch_by_length, cosine, micro_batches, rng, update
 from evaluate import measure
 from model import GPT, GPTConfig, ScalarGPT, respond, sequence_logprob, token_logprob, trim
 
@@ -40,7 +53,7 @@ def sft(run):
     log = Log(folder / "metrics.csv")
     state = {"model": gpt, "optimizer": optimizer, "log": log}
     for step, bar in resumable(folder, state, cfg.sft_steps, cfg.save_every, "sft"):
-        index = batch_at(step, cfg.sft_batch, length, "sft")
+        index = batch_by_length(step, cfg.sft_batch, length, *run.names("sft"))
         sums = Sums()
         for part in micro_batches(index, run.at_once()):
             ids, mask = run.rows(reviews.pick(part.tolist()))                            # (b, T), (b, T)
@@ -64,7 +77,7 @@ def initial_gpt(run):
     """The model that SFT starts from: released or saved weights (--init), or random ones."""
     cfg = run.cfg
     if not cfg.init:
-        torch.manual_seed(0)
+        torch.manual_seed(cfg.pipeline)
         return GPT(GPTConfig(cfg.n_layer, cfg.n_head, cfg.n_embd, run.encoding.n_vocab, run.block_size))
     gpt = GPT.from_pretrained(cfg.init)
     for what, there, needed in (("positions (its block size)", gpt.config.block_size, run.block_size),
@@ -105,7 +118,7 @@ def oracle(run):
     log = Log(folder / "metrics.csv")
     state = {"model": scorer, "optimizer": optimizer, "log": log}
     for step, bar in resumable(folder, state, cfg.oracle_steps, cfg.save_every, "oracle"):
-        index = batch_at(step, cfg.oracle_batch, length, "oracle")
+        index = batch_by_length(step, cfg.oracle_batch, length, *run.names("oracle"))
         sums = Sums()
         for part in micro_batches(index, run.at_once()):
             log_odds, label = classify(run, scorer, train, part)                         # (b,), (b,)
@@ -144,10 +157,11 @@ def judge(run, folder=None):
 
 # ---- responses of pi_sft ------------------------------------------------------------------------------
 
-def sample_responses(run, folder, prompts, each, rewards_only=False):
+def sample_responses(run, folder, prompts, each, rewards_only=False, model_reward=None):
     """`each` responses of pi_sft to every prompt, with the judge's reward.  -> {name: (P, each, ...)}
 
-    ids and mask, padded to the block, ref_logp by the function that training uses, and reward; or that alone.
+    ids and mask, padded to the block, ref_logp by the function that training uses, and reward; or rewards
+    only, with those of a second reward function, model_reward, beside them.
     """
     cfg = run.cfg
     policy = run.policy(run.folder / "sft")
@@ -157,18 +171,20 @@ def sample_responses(run, folder, prompts, each, rewards_only=False):
     rows = Rows()
 
     def scores(ids, mask):
+        if rewards_only and model_reward:
+            return {"reward": reward(ids, mask), "model_reward": model_reward(ids, mask)}    # (n,), (n,)
         if rewards_only:
             return {"reward": reward(ids, mask)}                                         # (n,)
         return {"reward": reward(ids, mask), "ref_logp": sequence_logprob(policy, ids, mask, cfg.temperature)}
 
     for step, _ in resumable(folder, {"rows": rows}, len(chunks), max(1, len(chunks) // 8), folder.name):
-        generator = rng(folder.name, step)
+        generator = rng(*run.names(folder.name.removesuffix("-reward-model"), step))
         new = respond(policy, chunks[step], cfg.new_tokens, cfg.temperature, run.eos_id, generator,
                       cfg.sample_batch, scores, run.block_size)
+        new["ids"] = new["ids"].int()
         if rewards_only:
-            rows.append(reward=new["reward"])
-        else:
-            rows.append(**new | {"ids": new["ids"].int()})
+            del new["ids"], new["mask"]
+        rows.append(**new)
     return {name: column.view(len(prompts), each, *column.shape[1:]) for name, column in rows.columns.items()}
 
 
@@ -197,12 +213,23 @@ def answers(run):
 
 
 def limit(run):
-    """Rewards of many responses of pi_sft to prompts of evaluation, for the limit.  -> its folder"""
+    """Rewards of many responses of pi_sft to prompts of evaluation, for the limit.  -> its folder
+
+    Where there is a reward model beside an oracle, with its rewards of the same responses, model_reward.
+    """
     cfg = run.cfg
     folder = run.folder / f"limit-{cfg.limit_prompts}x{cfg.limit_responses}"
-    if not begin(folder, run.settings("limit"), [sft(run), oracle(run)]):
+    upstream = [sft(run), oracle(run)]
+    trained = run.folder / "reward_model"
+    model_reward = None
+    if not run.own and finished(trained):
+        model_reward = reward_function(run, trained)
+        upstream.append(trained)
+        folder = folder.with_name(folder.name + "-reward-model")
+    if not begin(folder, run.settings("limit"), upstream):
         prompts = run.prompts(run.evaluated, cfg.limit_prompts)
-        sampled = sample_responses(run, folder, prompts, cfg.limit_responses, rewards_only=True)
+        sampled = sample_responses(run, folder, prompts, cfg.limit_responses, rewards_only=True,
+                                   model_reward=model_reward)
         finish(folder, **{"rewards.safetensors": write_tensors(folder / "rewards.safetensors", sampled)})
     return folder
 
@@ -215,12 +242,38 @@ def evaluation(run, policy, ref, reward, generator):
                    run.eos_id, generator, cfg.sample_batch)
 
 
+def drift(run, policy, samples, start):
+    """What tells that mass leaves the responses of pi_sft.  -> {log_mean_ratio, and on tiny faulty}
+
+    log_mean_ratio: log of the mean of pi / pi_sft over responses that pi_sft drew for evaluation, nats; below
+    0 for a policy whose mass has gone elsewhere.  faulty: the share of sentences outside of
+    the grammar, those cut at the length cap among them.
+    samples: the policy's, from `evaluation`; start: pi_sft's, with their ref_logp, from `reference`.
+    """
+    logp = logprob_of(run, policy, start["ids"].flatten(0, 1), start["mask"].flatten(0, 1))    # (P S,)
+    h = logp - start["ref_logp"].flatten()                                               # (P S,)
+    row = {"log_mean_ratio": float(h.logsumexp(0) - math.log(len(h)))}
+    if run.cfg.data == "tiny":
+        sentences = [sentence for text in texts(run, samples) for sentence in data.read_tiny(text)]
+        row["faulty"] = sum(sentence is None for sentence in sentences) / max(1, len(sentences))
+    return row
+
+
+def texts(run, sampled):
+    """The responses' texts, without their end-of-text.  {ids, mask: (P, S, T)} -> P S strings"""
+    ids = sampled["ids"].flatten(0, 1)                                                   # (P S, T)
+    kept = sampled["mask"].flatten(0, 1) & (ids != run.eos_id)                           # (P S, T)
+    return [run.encoding.decode(row[on].tolist()) for row, on in zip(ids, kept)]
+
+
 def reference(run):
     """pi_sft evaluated on the same prompts as every checkpoint: step 0 of every method.  -> its folder"""
     folder, upstream = run.folder / "reference", [sft(run), oracle(run)]
     if not begin(folder, run.settings("reference"), upstream):
         policy, reward = run.policy(upstream[0]), judge(run)
-        samples = evaluation(run, policy, policy, reward, rng("reference"))
+        samples = evaluation(run, policy, policy, reward, rng(*run.names("reference")))
+        ref_logp = logprob_of(run, policy, samples["ids"].flatten(0, 1), samples["mask"].flatten(0, 1))
+        samples["ref_logp"] = ref_logp.view(samples["reward"].shape)                     # (P S,) -> (P, S)
         samples |= written(run, reward)
         finish(folder, **{"samples.safetensors": write_tensors(folder / "samples.safetensors", samples)})
     return folder
@@ -235,26 +288,33 @@ def written(run, reward):
 
 
 @torch.no_grad()
+def logprob_of(run, policy, ids, mask):
+    """log pi of many responses, 64 at a time.  (N, T), (N, T) -> (N,), on the CPU"""
+    parts = []
+    for chunk, chunk_mask in zip(ids.split(64), mask.split(64)):
+        chunk, chunk_mask = trim(chunk.long().to(run.device), chunk_mask.to(run.device))
+        parts.append(sequence_logprob(policy, chunk, chunk_mask, run.cfg.temperature).cpu())
+    return torch.cat(parts)
+
+
+@torch.no_grad()
 def own_responses(run, split):
     """The file's responses as `sample_responses` gives pi_sft's; the rewards of a pair are 1 and 0."""
     rows = run.preferences[split]
     policy = run.policy(run.folder / "sft")
-    texts, starts = [], []
+    sequences, starts = [], []
     for row in rows:
-        texts += [row.prompt + response for response in row.responses]
+        sequences += [row.prompt + response for response in row.responses]
         starts += [len(row.prompt)] * len(row.responses)
-    ids, mask = data.rows(texts, starts, run.block_size, run.eos_id)                     # (P K, t), (P K, t)
-    logp = []
-    for chunk, chunk_mask in zip(ids.split(64), mask.split(64)):
-        chunk, chunk_mask = chunk.to(run.device), chunk_mask.to(run.device)
-        logp.append(sequence_logprob(policy, chunk, chunk_mask, run.cfg.temperature).cpu())    # (64,)
+    ids, mask = data.rows(sequences, starts, run.block_size, run.eos_id)                  # (P K, t), (P K, t)
+    logp = logprob_of(run, policy, ids, mask)                                            # (P K,)
     reward = torch.tensor([row.rewards or [1.0, 0.0] for row in rows])                   # (P, K)
     room = (0, run.block_size - ids.shape[1])
     ids = F.pad(ids, room, value=run.eos_id).int()                                      # (P K, t) -> (P K, T)
     mask = F.pad(mask, room)                                                            # (P K, t) -> (P K, T)
     P, K = reward.shape
     return {"reward": reward, "ids": ids.view(P, K, -1), "mask": mask.view(P, K, -1),
-            "ref_logp": torch.cat(logp).view(P, K)}
+            "ref_logp": logp.view(P, K)}
 
 
 # ---- pairs and the reward model -----------------------------------------------------------------------
@@ -263,7 +323,7 @@ def winners(run, reward, *names):
     """The winner's column of each pair, (P, 2) -> (P,): the higher reward, or Bernoulli by the difference."""
     if run.cfg.labels == "argmax":                        # official code: no noise
         return reward.argmax(1)
-    uniform = torch.rand(len(reward), generator=rng("winner", *names))
+    uniform = torch.rand(len(reward), generator=rng(*run.names("winner", *names)))
     return (uniform > torch.sigmoid(reward[:, 0] - reward[:, 1])).long()                 # Bradley-Terry
 
 
@@ -284,9 +344,10 @@ def reward_model(run):
     scorer = ScalarGPT(run.policy(upstream[0]), run.eos_id).to(run.device)
     optimizer = adamw(scorer, cfg.rm_lr)
     log = Log(folder / "metrics.csv")
-    state = {"model": scorer, "optimizer": optimizer, "log": log}
+    held_out_log = Log(folder / "held_out.csv")           # shows whether it still learns when it stops
+    state = {"model": scorer, "optimizer": optimizer, "log": log, "held_out": held_out_log}
     for step, bar in resumable(folder, state, cfg.rm_steps, cfg.save_every, "reward_model"):
-        index = batch_at(step, cfg.rm_batch, length, "reward_model")
+        index = batch_by_length(step, cfg.rm_batch, length, *run.names("reward_model"))
         sums = Sums()
         for part in micro_batches(index, run.at_once()):
             score = score_responses(run, scorer, sampled, part, 2)                       # (b, 2)
@@ -299,6 +360,8 @@ def reward_model(run):
         means = update(optimizer, lr, sums, index, f"reward_model, step {step + 1}")
         log.write(step=step + 1, **means)
         bar.set_postfix(loss=f"{means['loss']:.3f}", accuracy=f"{means['accuracy']:.3f}", refresh=False)
+        if not run.own and (step + 1) % max(1, cfg.rm_steps // 8) == 0:
+            held_out_log.write(step=step + 1, loss=held_out_pairs(run, scorer, sampled))
 
     score = score_all(run, scorer, sampled)                                              # (P, K)
     shift = float(score.mean())
@@ -315,10 +378,39 @@ def reward_model(run):
         centred = (both - both.mean(2, keepdim=True)).flatten(1)                         # (2, P K)
         report = {"accuracy_on_fresh_pairs": float(right.float().mean()),
                   "within_prompt_r2": float(torch.corrcoef(centred)[0, 1] ** 2)}
+        if cfg.data == "tiny":
+            report |= opinion_weights(run, sampled, centred)
     write_json(folder / "report.json", {"shift": shift, "scale": scale} | report)
     rewards = write_tensors(folder / "rewards.safetensors", {"reward": (score - shift) * scale})
     finish(folder, **{"model.safetensors": scorer.save_pretrained(folder), "rewards.safetensors": rewards})
     return folder
+
+
+@torch.no_grad()
+def held_out_pairs(run, scorer, sampled):
+    """The Bradley-Terry loss on pairs that no step sees, responses 3 and 4 of 1,000 prompts; nats."""
+    pairs = {name: column[:1000, 2:4] for name, column in sampled.items()}
+    winner = winners(run, pairs["reward"], "held out")                                   # (n,)
+    score = score_all(run, scorer, pairs)                                                # (n, 2)
+    margin = (score[:, 0] - score[:, 1]) * (1 - 2 * winner)                              # (n,)
+    return float(-F.logsigmoid(margin).mean())
+
+
+def opinion_weights(run, sampled, centred):
+    """What the reward model and the oracle pay for an opinion, plain and in "not X at all": least squares.
+
+    centred: (2, P K), both rewards less their prompt's mean.  In the grammar both weigh 1.
+    """
+    counts = []
+    for text in texts(run, sampled):
+        sentences = [sentence for sentence in data.read_tiny(text) if sentence is not None]
+        in_not = sum(opinions for opinions, turned in sentences if turned)
+        counts.append([sum(opinions for opinions, _ in sentences) - in_not, in_not])
+    counts = torch.tensor(counts).float().view(*sampled["reward"].shape, 2)              # (P, K, 2)
+    counts = (counts - counts.mean(1, keepdim=True)).flatten(0, 1)                       # (P K, 2)
+    plain, turned = torch.linalg.lstsq(counts, centred.T).solution.tolist()             # (2, 2): a row a kind
+    return {"weight_of_an_opinion": plain[0], "weight_in_not_at_all": turned[0],
+            "oracle_weight_of_an_opinion": plain[1], "oracle_weight_in_not_at_all": turned[1]}
 
 
 def score_responses(run, scorer, sampled, index, columns):

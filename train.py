@@ -17,72 +17,133 @@ import ppo
 import stages
 import xpo
 from checkpoint import Log, Rows, Stopped, begin, finish, read_json, read_tensors, resumable, write_tensors
-from compute import Sums, UserError, adamw, batch_at, cosine, micro_batches, rank, rng, update
+from compute import Sums, UserError, adamw, cosine, micro_batches, rank, rng, shuffled_batch, update
 from dpo import dpo_loss, dpo_reward_loss
 from evaluate import summary
 from exo import exo_loss, exo_pref_loss
-from model import sequence_logprob, trim
+from model import respond, sequence_logprob, trim
 from run import Run, settle
 from settings import PRESETS, Config, parse
 
 # ---- EXO and DPO --------------------------------------------------------------------------------------
 
-def train_offline(run, training):
-    """EXO and DPO on responses of pi_sft: on pairs (Eq 18, Eq 7), or on K scored responses (Eq 15, Eq 19)."""
-    cfg, policy, method = run.cfg, training.policy, training.method
-    ids, mask, ref_logp, reward = candidates(run, training.feedback, training.K)
-    check_start(run, policy, ids[:8], mask[:8], ref_logp[:8])
-    K = ids.shape[1]
-    plain_order = torch.zeros(len(ids))                              # batches are not sorted by length
-    for step, bar in training.steps(cfg.align_steps):
-        index = batch_at(step, cfg.align_batch, plain_order, "align", training.seed, window=1)
+def train_exo_dpo(run, training):
+    """EXO and DPO on pairs (Eq 18, Eq 7), or on K scored responses of each prompt (Eq 15, Eq 19).
+
+    The paper draws the responses once, from pi_sft.  With --rounds T they are drawn T times, from the present
+    policy pi_t, which is then the loss's reference, and the reward has the KL to pi_sft paid already:
+    R = r - beta (log pi_t - log pi_sft).  The optimum is pi*_beta in either case.
+    """
+    cfg, policy, method, rounds = run.cfg, training.policy, training.method, training.rounds
+    data = Rows()                                                    # the present round's responses
+    if rounds == 1:
+        data.append(**drawn_from_sft(run, training.feedback, training.K))
+        check_start(run, policy, data.columns)
+    schedule = equal_rounds(cfg.align_steps, rounds)
+    state = {"data": data} if rounds > 1 else {}                     # one round is read again, not saved
+    for step, bar in training.steps(cfg.align_steps, **state):
+        t, i = schedule[step]
+        if i == 0 and rounds > 1:
+            data.replace(**drawn_from_policy(run, training, t))
+        key = ("align", training.seed, t) if t > 0 else ("align", training.seed)
+        index = shuffled_batch(i, cfg.align_batch, len(data), *key)
         sums = Sums()
-        for part in micro_batches(index, run.at_once(K)):
-            x, m = trim(ids[part].flatten(0, 1).long(), mask[part].flatten(0, 1))      # (b, K, T) -> (b K, t)
-            logp = sequence_logprob(policy, x, m, cfg.temperature).view(len(part), K)    # (b K,) -> (b, K)
-            ref, r = ref_logp[part], reward[part]                                        # (b, K)
+        for part in micro_batches(index, run.at_once(training.K or 2)):
+            ids, mask, ref_logp, reward = (data.columns[name][part].to(run.device) for name in CANDIDATES)
+            x, m = trim(ids.flatten(0, 1).long(), mask.flatten(0, 1))                  # (b, K, T) -> (b K, t)
+            logp = sequence_logprob(policy, x, m, cfg.temperature).view(len(part), -1)   # (b K,) -> (b, K)
             if training.feedback == "preferences" and method == "exo":
-                loss = exo_pref_loss(logp, ref, cfg.beta_pi, cfg.eps)
+                loss = exo_pref_loss(logp, ref_logp, cfg.beta_pi, cfg.eps)
             elif training.feedback == "preferences":
-                loss = dpo_loss(logp, ref, cfg.beta_pi)
+                loss = dpo_loss(logp, ref_logp, cfg.beta_pi)
             elif method == "exo":
-                loss = exo_loss(logp, ref, r, cfg.beta_r, cfg.beta_pi)
+                loss = exo_loss(logp, ref_logp, reward, cfg.beta_r, cfg.beta_pi)
             else:
-                loss = dpo_reward_loss(logp, ref, r, cfg.beta_r, cfg.beta_pi)
+                loss = dpo_reward_loss(logp, ref_logp, reward, cfg.beta_r, cfg.beta_pi)
             (loss * len(part)).backward()
-            implicit_reward = cfg.beta_pi * (logp - ref).detach()                        # (b, K)
-            margins = compare(implicit_reward, r.argmax(1), r.argmin(1))
-            sums.add(len(part), loss=loss * len(part), **margins, tokens=m.sum())
-        lr = cfg.align_lr * cosine(step, cfg.align_steps)
+            implicit_reward = cfg.beta_pi * (logp - ref_logp).detach()                   # (b, K)
+            margins = compare(implicit_reward, reward.argmax(1), reward.argmin(1))
+            sums.add(len(part), loss=loss * len(part), **margins, tokens=mask.sum())
+        lr = cfg.align_lr * cosine(step, cfg.align_steps, cfg.warmup)
         means = update(training.optimizer, lr, sums, index, f"{method}, step {step + 1}")
         training.record(step, means, means["tokens"] * len(index), bar)
 
 
-def candidates(run, feedback, K):
-    """What EXO and DPO train on.  -> ids, mask (P, K, T), ref_logp, reward (P, K)
+CANDIDATES = ("ids", "mask", "ref_logp", "reward")                   # (P, K, T) x2, (P, K) x2
+
+
+def drawn_from_sft(run, feedback, K):
+    """The paper's data: responses of pi_sft, or a user's own.  -> {CANDIDATES}
 
     Pairs: column 0 is the chosen response; the rewards are 1 and 0.
     """
     sampled = read_tensors(stages.responses(run) / "responses.safetensors")[0]
     P = len(sampled["ids"])
-    if feedback == "reward":
-        order = torch.arange(K).expand(P, K)                                             # (P, K)
-        if not run.scored:
-            sampled |= read_tensors(stages.reward_model(run) / "rewards.safetensors")[0]
-    else:
+    if feedback == "preferences":
         winner = stages.winners(run, sampled["reward"][:, :2], "train")                  # (P,)
         order = torch.stack([winner, 1 - winner], dim=1)                                 # (P, 2)
-        sampled["reward"] = torch.stack([1 - winner, winner], dim=1).float()             # (P, 2)
+    else:
+        order = torch.arange(K).expand(P, K)                                             # (P, K)
+        if not run.own:                                                                  # not the oracle's
+            sampled["reward"] = read_tensors(stages.reward_model(run) / "rewards.safetensors")[0]["reward"]
     row = torch.arange(P)[:, None]                                                       # (P, 1)
-    return [sampled[name][row, order].to(run.device) for name in ("ids", "mask", "ref_logp", "reward")]
+    drawn = {name: sampled[name][row, order] for name in CANDIDATES}
+    if feedback == "preferences":
+        drawn["reward"] = torch.tensor([1.0, 0.0]).expand(P, 2)
+    return drawn
 
 
-def check_start(run, policy, ids, mask, ref_logp):
+def drawn_from_policy(run, training, t):
+    """Round t's data: K responses of the present policy to its prompts.  -> {CANDIDATES}
+
+    The rounds share the prompts out, so that they sample as many responses in all as the paper's one round.
+    """
+    cfg, K = run.cfg, training.K
+    prompts = run.train_prompts()
+    n = max(1, len(prompts) // training.rounds)                      # prompts a round
+    order = torch.randperm(len(prompts), generator=rng("rounds", training.seed))
+    chosen = order[torch.arange(t * n, (t + 1) * n) % len(prompts)]
+    score = stages.reward_function(run, stages.reward_model(run))
+    generator = rng("rounds", training.seed, t)
+    new = fresh_responses(run, training, score, [prompts[i] for i in chosen], K, generator)
+    beta = cfg.beta_r * cfg.beta_pi
+    paid = new["reward"] - beta * (new["logp"] - new["ref_logp"])                        # (n, K)  R
+    # the loss's reference is pi_t, which drew these: pi_sft is in the reward already
+    return {"ids": new["ids"], "mask": new["mask"], "ref_logp": new["logp"], "reward": paid}
+
+
+def fresh_responses(run, training, reward, prompts, each, generator):
+    """`each` responses of the present policy to every prompt.
+
+    -> {ids, mask: (n, each, T), logp by the policy, ref_logp by pi_sft, reward: (n, each)}
+    """
+    cfg = run.cfg
+
+    def scores(ids, mask):
+        return {"logp": sequence_logprob(training.policy, ids, mask, cfg.temperature),   # (N,)
+                "ref_logp": sequence_logprob(training.ref, ids, mask, cfg.temperature),  # (N,)
+                "reward": reward(ids, mask)}                                             # (N,)
+
+    repeated = [prompt for prompt in prompts for _ in range(each)]
+    new = respond(training.policy, repeated, cfg.new_tokens, cfg.temperature, run.eos_id, generator,
+                  cfg.sample_batch, scores, run.block_size)
+    new["ids"] = new["ids"].int()
+    return {name: column.unflatten(0, (len(prompts), each)) for name, column in new.items()}
+
+
+def equal_rounds(steps, rounds):
+    """Divides the steps among the rounds.  -> [(round, step within it), ...]"""
+    starts = [round(steps * t / rounds) for t in range(rounds + 1)]
+    return [(t, i) for t in range(rounds) for i in range(starts[t + 1] - starts[t])]
+
+
+def check_start(run, policy, data):
     """Under bfloat16, prints how far log pi lies from the stored log pi_sft; in float32 a test holds 1e-4."""
     if run.bf16:
+        ids, mask, ref_logp = (data[name][:8].flatten(0, 1).to(run.device) for name in CANDIDATES[:3])
         with torch.no_grad():
-            logp = sequence_logprob(policy, ids.flatten(0, 1).long(), mask.flatten(0, 1), run.cfg.temperature)
-        h = (logp - ref_logp.flatten()).abs().max()
+            logp = sequence_logprob(policy, ids.long(), mask, run.cfg.temperature)
+        h = (logp - ref_logp).abs().max()
         print(f"bfloat16: the largest |log pi - log pi_sft| before the first step is {h:.1e} nats")
 
 
@@ -103,7 +164,7 @@ def train_xpo(run, training):
     history, closed = Rows(), Rows()                                 # all pairs; the rounds that ended early
     answers = read_tensors(stages.answers(run) / "responses.safetensors")[0]
     floor = -float(answers["reward"].max() - answers["reward"].min()) / cfg.beta_pi      # -R_max / beta
-    schedule = xpo.schedule(cfg.xpo_rounds, cfg.xpo_prompts, cfg.xpo_epochs, cfg.align_batch)
+    schedule = xpo_schedule(cfg)
     for step, bar in training.steps(len(schedule), history=history, closed=closed):
         t, i = schedule[step]
         if i == 0:
@@ -111,8 +172,7 @@ def train_xpo(run, training):
         if len(closed) and closed.columns["round"][-1] == t:         # no step until the next round
             training.record(step, {"loss": float("nan"), "grad_norm": float("nan")}, 0, bar)
             continue
-        plain_order = torch.zeros(len(history))                      # batches are not sorted by length
-        index = batch_at(i, cfg.align_batch, plain_order, "xpo", training.seed, t, window=1)
+        index = shuffled_batch(i, cfg.align_batch, len(history), "xpo", training.seed, t)
         sums = Sums()
         for part in micro_batches(index, run.at_once(2)):
             pairs = {name: column[part].to(run.device) for name, column in history.columns.items()}
@@ -126,11 +186,15 @@ def train_xpo(run, training):
             margins = compare(cfg.beta_pi * h, torch.zeros_like(part), torch.ones_like(part))
             sums.add(len(part), loss=loss * len(part), **margins, tokens=m.sum(),
                      explore_logp=explore_logp.sum(), explore_log_ratio=h.gather(1, explore).sum())
-        lr = cfg.align_lr * cosine(step, len(schedule))
+        lr = cfg.align_lr * cosine(step, len(schedule), cfg.warmup)
         means = update(training.optimizer, lr, sums, index, f"xpo, step {step + 1}")
         if means["explore_log_ratio"] < floor:                 # the bonus has no floor of its own on a replay
             closed.append(round=torch.tensor([t]))
         training.record(step, means, means["tokens"] * len(index), bar)
+
+
+def xpo_schedule(cfg):
+    return xpo.schedule(cfg.xpo_rounds, cfg.xpo_prompts, cfg.xpo_epochs, cfg.align_batch)
 
 
 def fresh_pairs(run, training, answers, t):
@@ -144,8 +208,9 @@ def fresh_pairs(run, training, answers, t):
     def label(reward):
         return stages.winners(run, reward, "xpo", seed, t)
 
-    return xpo.play(training.policy, training.ref, training.judge, label, prompts, sampled, cfg.new_tokens,
-                    cfg.temperature, run.eos_id, rng("xpo", seed, t), cfg.sample_batch)
+    fresh = fresh_responses(run, training, training.judge, prompts, 1, rng("xpo", seed, t))
+    fresh = {name: fresh[name][:, 0] for name in CANDIDATES}                         # (n, 1, ...) -> (n, ...)
+    return xpo.pairs(fresh, sampled, label)
 
 
 # ---- PPO ----------------------------------------------------------------------------------------------
@@ -155,19 +220,21 @@ def train_ppo(run, training):
     cfg, seed, trained = run.cfg, training.seed, stages.reward_model(run)
     reward = stages.reward_function(run, trained)
     critic = run.scorer(trained)
+    # V in the reward's unit; the head has no bias, so the shift is left to the critic's first iterations
     critic.score.weight.data *= read_json(trained / "report.json")["scale"]
     critic_optimizer = adamw(critic, cfg.ppo_critic_lr, eps=1e-5)
     prompts = run.train_prompts()
-    plain_order = torch.zeros(len(prompts))
-    for step, bar in training.steps(cfg.ppo_steps, critic=critic, critic_optimizer=critic_optimizer):
-        index = batch_at(step, cfg.ppo_batch, plain_order, "ppo", seed)
-        factor = cosine(step, cfg.ppo_steps)
+    critic_alone = min(cfg.ppo_warmup, cfg.ppo_steps - 1)
+    state = {"critic": critic, "critic_optimizer": critic_optimizer}
+    for step, bar in training.steps(cfg.ppo_steps, critic_alone, **state):
+        index = shuffled_batch(step, cfg.ppo_batch, len(prompts), "ppo", seed)
+        factor = cosine(step, cfg.ppo_steps, cfg.warmup)
         stats = ppo.iteration(
             training.policy, training.ref, critic, training.optimizer, critic_optimizer, reward,
             [prompts[i] for i in index], policy_lr=cfg.ppo_lr * factor, critic_lr=cfg.ppo_critic_lr * factor,
             beta=cfg.beta_pi * cfg.beta_r, max_new_tokens=cfg.new_tokens, temperature=cfg.temperature,
-            eos_id=run.eos_id, generator=rng("ppo", seed, step), epochs=cfg.ppo_epochs,
-            minibatches=cfg.ppo_minibatches, critic_only=step < cfg.ppo_warmup,
+            eos_id=run.eos_id, generator=rng("ppo rollout", seed, step), epochs=cfg.ppo_epochs,
+            minibatches=cfg.ppo_minibatches, critic_only=step < critic_alone, sample_batch=cfg.sample_batch,
             micro_batch_size=cfg.micro_batch_size, where=f"ppo, step {step + 1}")
         training.record(step, stats, stats["length"] * cfg.ppo_batch, bar)
 
@@ -177,9 +244,10 @@ def train_ppo(run, training):
 class Training:
     """One alignment of a run: the policy to train, its folder, its logs, and the checkpoints on the way."""
 
-    def __init__(self, run, method, feedback, K, seed):
-        self.run, self.method, self.feedback, self.K, self.seed = run, method, feedback, K, seed
-        self.folder = run.folder / name_of(run.cfg, method, feedback, K, seed)
+    def __init__(self, run, method, feedback, K, rounds, seed):
+        self.run, self.method, self.feedback = run, method, feedback
+        self.K, self.rounds, self.seed = K, rounds, seed
+        self.folder = run.folder / name_of(run.cfg, method, feedback, K, rounds, seed)
         sft, oracle = stages.sft(run), stages.oracle(run)
         upstream = [sft, oracle, stages.responses(run)]
         if feedback == "reward":
@@ -198,25 +266,35 @@ class Training:
 
     def settings(self):
         kind = self.method if self.method in ("ppo", "xpo") else "offline"
-        return self.run.settings("align", kind) | {"method": self.method, "seed": self.seed}
+        return self.run.settings("align", kind) | {"method": self.method, "seed": self.seed,
+                                                           "rounds": self.rounds}
 
     def about(self):
         """What figures and sample.py read in stage.json."""
         cfg = self.run.cfg
-        return {"method": self.method, "feedback": self.feedback, "K": self.K, "beta_pi": cfg.beta_pi,
+        steps = {"ppo": cfg.ppo_steps, "xpo": len(xpo_schedule(cfg))}.get(self.method, cfg.align_steps)
+        return {"method": self.method, "steps": steps, "feedback": self.feedback, "K": self.K,
+                "rounds": self.rounds, "beta_pi": cfg.beta_pi,
                 "beta_r": cfg.beta_r, "alpha": cfg.alpha if self.method == "xpo" else 0.0,
-                "lr": cfg.ppo_lr if self.method == "ppo" else cfg.align_lr, "seed": self.seed}
+                "lr": cfg.ppo_lr if self.method == "ppo" else cfg.align_lr, "labels": cfg.labels,
+                "seed": self.seed}
 
-    def steps(self, total, **state):
-        """Yields (step, progress bar), resumable; state: what the loop keeps beside policy and optimizer."""
+    def steps(self, total, frozen=0, **state):
+        """Yields (step, progress bar), resumable; state: what the loop keeps beside policy and optimizer.
+
+        frozen: first steps that leave the policy as it is.  Checkpoints are spaced in the root of the rest.
+        """
         n = self.run.cfg.checkpoints
-        self.checkpoints = [round(total * (i + 1) / n) for i in range(n)]
+        spaced = [frozen + (total - frozen) * ((i + 1) / n) ** 2 for i in range(n)]
+        self.checkpoints = sorted({max(1, round(step)) for step in spaced})
         state |= {"policy": self.policy, "optimizer": self.optimizer, "metrics": self.metrics,
                   "eval": self.evaluations}
         every = min(self.run.cfg.save_every, max(1, total // 10))
         for step, bar in resumable(self.folder, state, total, every, self.folder.name):
             if step == 0:
-                self.evaluations.write(step=0, **summary(self.start, self.run.eos_id))
+                row = summary(self.start, self.run.eos_id)
+                row |= stages.drift(self.run, self.policy, self.start, self.start)
+                self.evaluations.write(step=0, **row)
             self.began = time.perf_counter()
             yield step, bar
 
@@ -235,12 +313,12 @@ class Training:
         run = self.run
         folder = self.folder / f"step-{step:05d}"
         samples = stages.evaluation(run, self.policy, self.ref, self.judge, rng("evaluate", self.seed, step))
-        row = summary(samples, run.eos_id)
+        row = summary(samples, run.eos_id) | stages.drift(run, self.policy, samples, self.start)
         self.policy.save_pretrained(folder, run.eos_id)
         write_tensors(folder / "samples.safetensors", samples)
         self.evaluations.write(step=step, **row)                     # last: a row says that the rest is there
         learned = ""
-        if "rewards_margin" in means:
+        if "rewards_margin" in means and self.rounds == 1:           # in rounds they begin at 0 each time
             learned = f", margin {means['rewards_margin']:.3f}, accuracy {means['rewards_accuracy']:.3f}"
         speed = self.tokens / self.seconds if self.seconds else 0
         bar.write(f"step {step}: loss {means['loss']:.3f}{learned}, reward {row['reward']:.2f} at KL "
@@ -255,13 +333,15 @@ class Training:
         finish(self.folder, final=final)
 
 
-def name_of(cfg, method, feedback, K, seed):
+def name_of(cfg, method, feedback, K, rounds, seed):
     """An alignment's folder: exo-preferences-s0, exo-reward-k4-betapi0.25-s0; a trial names its rate too."""
     usual = vars(Config()) | PRESETS[cfg.preset]
     online_dpo = method == "xpo" and cfg.alpha == 0
     name = f"{'online-dpo' if online_dpo else method}-{feedback}"
     if K:
         name += f"-k{K}"
+    if rounds > 1:
+        name += f"-rounds{rounds}"
     for setting in ("beta_pi", "beta_r", "alpha"):
         shown = setting != "alpha" or (method == "xpo" and not online_dpo)
         if shown and getattr(cfg, setting) != usual[setting]:
@@ -272,20 +352,23 @@ def name_of(cfg, method, feedback, K, seed):
 
 
 def plan(cfg):
-    """The alignments that the command asks for: (method, feedback, K)."""
-    on_pairs = [(method, "preferences", 0) for method in ("exo", "dpo")]
-    on_rewards = [(method, "reward", K) for K in cfg.num_candidates for method in ("exo", "dpo")]
-    online = [("ppo", "reward", 0), ("xpo", "preferences", 0)]
-    if cfg.method == "all":
-        return on_pairs + on_rewards + online
+    """The alignments that the command asks for: (method, feedback, K, rounds)."""
+    offline = [(method, "preferences", 0, 1) for method in ("exo", "dpo")]
+    rounds = 1 if cfg.method == "all" else cfg.rounds
+    offline += [(method, "reward", K, rounds) for K in cfg.num_candidates for method in ("exo", "dpo")]
+    online = [("ppo", "reward", 0, 1), ("xpo", "preferences", 0, 1)]
     if cfg.method in ("ppo", "xpo"):
         return [one for one in online if one[0] == cfg.method]
-    return [one for one in on_pairs + on_rewards if one[:2] == (cfg.method, cfg.feedback)]
+    if cfg.method != "all":
+        return [one for one in offline if one[:2] == (cfg.method, cfg.feedback)]
+    K = 4 if 4 in cfg.num_candidates else cfg.num_candidates[0]
+    in_rounds = [("exo", "reward", K, cfg.rounds)] if cfg.rounds > 1 else []
+    return offline + in_rounds + online
 
 
-def align(run, method, feedback, K, seed):
+def align(run, method, feedback, K, rounds, seed):
     """One alignment, unless it is there: pi_sft trained by the method, evaluated on the way."""
-    training = Training(run, method, feedback, K, seed)
+    training = Training(run, method, feedback, K, rounds, seed)
     checkpoint.write_json(run.folder / "config.json", vars(run.cfg))    # once the stages accepted them
     if training.finished:
         return
@@ -294,7 +377,7 @@ def align(run, method, feedback, K, seed):
     elif method == "xpo":
         train_xpo(run, training)
     else:
-        train_offline(run, training)
+        train_exo_dpo(run, training)
     training.finish()
 
 
@@ -323,8 +406,8 @@ def main(argv=None):
         if run.own:
             settle(run)
         for seed in cfg.seeds:
-            for method, feedback, K in plan(cfg):
-                align(run, method, feedback, K, seed)
+            for method, feedback, K, rounds in plan(cfg):
+                align(run, method, feedback, K, rounds, seed)
         stages.limit(run)
         figures.draw(run)
         compute.stop()

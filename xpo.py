@@ -18,16 +18,15 @@ alpha = 0 is online DPO.
 Both sums run over the *whole* history: a bonus that sees only the newest batch finds a rare response and then
 forgets it.  And the bonus has no floor on a replay: where y~ lost its pair, DPO and the bonus both push
 log pi(y~) down without end.  Keep alpha small beside beta, make few passes a round, and stop a round when the
-mean of log pi(y~) has fallen too far.  In the bandit of `toy/` the box on the reward is that floor.
+mean of log pi(y~) - log pi_sft(y~) has fallen too far.  In the bandit of `toy/` the box on the reward is that
+floor.
 The paper returns the best of the iterates; `train.py` keeps the last.
 """
 import math
 
 import torch
-import torch.nn.functional as F
 
 from dpo import dpo_loss
-from model import respond, sequence_logprob
 
 
 def xpo_loss(logp, ref_logp, explore_logp, beta=0.1, alpha=3e-4):
@@ -46,28 +45,18 @@ def xpo_loss(logp, ref_logp, explore_logp, beta=0.1, alpha=3e-4):
     return dpo_loss(logp, ref_logp, beta) + alpha * explore_logp.mean()
 
 
-def play(policy, ref, reward, label, prompts, sampled, max_new_tokens, temperature, eos_id, generator,
-         rows=1024):
-    """The first half of a round of Algorithm 1: pi_t answers each prompt, beside pi_sft.  -> pairs for D
+def pairs(fresh, sampled, label):
+    """The first half of a round of Algorithm 1: each prompt's answers by pi_t and by pi_sft become a pair.
 
-    prompts: (n, T0) ids, or n id lists; sampled: pi_sft's, {ids, mask: (n, T), ref_logp, reward: (n,)};
-    reward: (ids, mask) -> (n,); label: rewards (n, 2) -> the winner's column (n,); rows: sampled at once.
+    fresh, sampled: {ids, mask: (n, T), ref_logp, reward: (n,)}; label: rewards (n, 2) -> the winner's column.
     -> {ids, mask: (n, 2, T), ref_logp: (n, 2), explore: (n,)}: column 0 won, column `explore` is pi_sft's.
     """
-    def scores(ids, mask):
-        return {"ref_logp": sequence_logprob(ref, ids, mask, temperature), "reward": reward(ids, mask)}
-
-    fresh = respond(policy, prompts, max_new_tokens, temperature, eos_id, generator, rows, scores)
-    room = (0, sampled["ids"].shape[1] - fresh["ids"].shape[1])
-    fresh["ids"] = F.pad(fresh["ids"], room, value=eos_id).to(sampled["ids"].dtype)       # (n, t) -> (n, T)
-    fresh["mask"] = F.pad(fresh["mask"], room)                                            # (n, t) -> (n, T)
-    pairs = {name: torch.stack([fresh[name], sampled[name].cpu()], dim=1) for name in fresh}    # (n, 2, ...)
-    winner = label(pairs.pop("reward"))                                                   # (n,)
-    order = torch.stack([winner, 1 - winner], dim=1)                                      # (n, 2)
-    row = torch.arange(len(winner))[:, None]                                              # (n, 1)
-    pairs = {name: both[row, order] for name, both in pairs.items()}                      # (n, 2, ...)
-    pairs["explore"] = (order == 1).int().argmax(1)                                 # (n,) where pi_sft's went
-    return pairs
+    both = {name: torch.stack([fresh[name], sampled[name]], dim=1) for name in fresh}    # (n, 2, ...)
+    winner = label(both.pop("reward"))                                                   # (n,)
+    order = torch.stack([winner, 1 - winner], dim=1)                                     # (n, 2)
+    row = torch.arange(len(winner))[:, None]                                             # (n, 1)
+    both = {name: column[row, order] for name, column in both.items()}                   # (n, 2, ...)
+    return both | {"explore": 1 - winner}                                              # pi_sft's was column 1
 
 
 def schedule(rounds, prompts, epochs, batch_size):

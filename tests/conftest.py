@@ -24,6 +24,7 @@ SMALL = ["--smoke", "--preset", "tiny", "--feedback", "reward", "--new-tokens", 
          "--rm-steps", "6", "--align-steps", "6", "--save-every", "2", "--limit-responses", "64",
          "--eval-samples", "2", "--ppo-epochs", "1"]
 ALIGNED = "exo-reward-k4-s0"                              # what it aligns
+ALL_METHODS = ["--method", "all", "--rounds", "2"]
 
 multiprocessing.set_forkserver_preload(["train", "torch._dynamo"])   # so each process starts at once
 
@@ -113,7 +114,7 @@ def begun(smoke, tmp_path):
 def all_methods(tmp_path_factory):
     """The folder of a finished run of all methods, with figures."""
     folder = tmp_path_factory.mktemp("all") / "run"
-    ended = small(folder, "--method", "all", draw=figures.draw)
+    ended = small(folder, *ALL_METHODS, draw=figures.draw)
     assert ended.code == 0, ended.err
     return folder
 

@@ -183,6 +183,23 @@ def test_the_known_count_can_be_read_off_the_text(tiny):
         assert sum(sign * opinion.get(word, 0) for sign, word in zip(turned, words[1:])) == count
 
 
+def test_every_review_is_derived_by_the_grammar_and_its_opinions_are_read(tiny):
+    for text, _, count in list(zip(*tiny))[:2000]:
+        response = text.split(" ", 6)[6]                             # after a prompt of six words
+        sentences = data.read_tiny(response)
+        assert None not in sentences and 3 <= len(sentences) <= 5
+        assert sum(opinions for opinions, _ in sentences) == count
+
+
+@pytest.mark.parametrize("response, sentences", [
+    (" at home . The plot was not dull at all .", [(1, True)]),
+    (" at home . The plot was not moving at all . I loved the cast .", [(-1, True), (1, False)]),
+    (" at home . The plot was was dull . I loved the cast", [None, None]),       # no rule; not finished
+    (" with plot . Its long cast and its clever script stayed with me .", [None, (1, False)])])
+def test_what_the_grammar_cannot_derive_is_faulty(response, sentences):
+    assert data.read_tiny(response) == sentences
+
+
 def test_the_log_moment_generating_function_is_that_of_the_drawn_reviews(tiny):
     for s in (-0.5, 0.5, 1.0):
         weight = np.exp(s * tiny[2])
@@ -194,7 +211,7 @@ def test_the_log_moment_generating_function_is_that_of_the_drawn_reviews(tiny):
 
 def test_tiny_reviews_are_always_the_same_and_the_splits_differ():
     loaded = data.load_tiny(30, 20, ENCODING)
-    for split, begin in (("train", "Last night we rented"), ("test", "One evening they saw")):
+    for split, begin in (("train", "Last week you streamed"), ("test", "On Saturday he rented")):
         texts, labels, _ = data.tiny_reviews(len(loaded[split]), seed=split)
         assert [ENCODING.decode(ids.tolist()) for ids in loaded[split].ids] == texts
         assert loaded[split].label.tolist() == labels.tolist()
@@ -435,18 +452,16 @@ def prompts_of(rows):
 @pytest.mark.parametrize("share", [0.01, 0.1, 0.5, 0.9])
 def test_the_held_out_share_is_met_as_closely_as_whole_prompts_allow(share):
     rows = rows_of(*[1, 2, 3] * 100)
-    for seed in range(5):
-        train, held = data.split_rows(rows, share, seed)
-        assert abs(len(held) - share * len(rows)) <= 1.5
-        assert not prompts_of(train) & prompts_of(held)
-        assert train == [row for row in rows if row not in held]      # none is lost, and their order is kept
+    train, held = data.split_rows(rows, share)
+    assert abs(len(held) - share * len(rows)) <= 1.5
+    assert not prompts_of(train) & prompts_of(held)
+    assert train == [row for row in rows if row not in held]          # none is lost, and their order is kept
     assert all(data.split_rows(rows_of(100, 100), share))             # both sides hold something
     refused(lambda: data.split_rows(rows_of(3), share), "all rows have the same prompt")
 
 
-def test_the_split_depends_on_the_seed_and_the_prompts_alone():
+def test_the_split_depends_on_the_prompts_alone():
     rows = rows_of(*[1] * 20)
     held = prompts_of(data.split_rows(rows, 0.2)[1])
     assert held == {(1, 2), (4, 5), (5, 6), (14, 15)}                 # in every process
     assert prompts_of(data.split_rows(rows[::-1], 0.2)[1]) == held
-    assert prompts_of(data.split_rows(rows, 0.2, seed=1)[1]) != held

@@ -84,8 +84,9 @@ class BrokenOff(Exception):
 class Practice:
     """In place of train.Training: from the enumerable pi_sft, without evaluation, every step's means kept."""
 
-    def __init__(self, run, method, K=None, broken_off_at=None):
-        self.run, self.method, self.feedback, self.K, self.seed = run, method, "reward", K, 0
+    def __init__(self, run, method, K=None, rounds=1, broken_off_at=None):
+        self.run, self.method, self.feedback, self.seed = run, method, "reward", 0
+        self.K, self.rounds = K, rounds
         self.policy, self.ref, self.judge = lm.policy(), lm.policy(), lm.reward_of
         self.optimizer = adamw(self.policy, run.cfg.align_lr)
         self.broken_off_at = broken_off_at
@@ -126,6 +127,8 @@ def start_run(tmp_path, monkeypatch):
 
     monkeypatch.setattr(stages, "responses", lambda run: run.folder)
     monkeypatch.setattr(stages, "reward_model", lambda run: run.folder)
+    monkeypatch.setattr(stages, "reward_function", lambda run, folder: lm.reward_of)
+    monkeypatch.setattr(Run, "train_prompts", lambda run: lm.PROMPTS.tolist() * (run.cfg.prompts // 3))
     return start
 
 
@@ -134,9 +137,53 @@ def test_exo_and_dpo_from_rewards_reach_the_optimum(method, start_run):
     """Within 5% of J* - J(pi_sft), at pi*'s KL within 10%; beta_pi beta_r = beta, and neither is 1."""
     run = start_run(1000, align_steps=100, align_batch=32, align_lr=8e-3, beta_pi=0.5, beta_r=2.0)
     training = Practice(run, method, K=8)
-    train.train_offline(run, training)
+    train.train_exo_dpo(run, training)
     gain, kl = lm.reached(training.policy, BETA)
     assert gain >= 0.95 and abs(kl - 1) <= 0.1
+
+
+ROUNDS = dict(responses=4, align_batch=24, align_lr=3e-3, beta_pi=0.5, beta_r=1.0)
+
+
+@pytest.mark.parametrize("method", ["exo", pytest.param("dpo", marks=pytest.mark.slow)])
+def test_rounds_reach_the_optimum_from_ppos_number_of_responses(method, start_run):
+    """60 rounds of 96 responses: as near as the test of PPO asks of its 60 iterations of 96."""
+    run = start_run(480, align_steps=480, **ROUNDS)
+    training = Practice(run, method, K=4, rounds=60)
+    train.train_exo_dpo(run, training)
+    gain, kl = lm.reached(training.policy, 0.5)
+    assert gain >= 0.95 and abs(kl - 1) <= 0.2
+
+
+def test_rounds_go_on_where_they_broke_off(start_run):
+    """In the middle of a round: on that round's responses, to the same bits."""
+    def trained(name, broken_off_at=None):
+        run = start_run(16, name, align_steps=24, save_every=5, **ROUNDS)
+        training = Practice(run, "exo", K=4, rounds=3, broken_off_at=broken_off_at)
+        train.train_exo_dpo(run, training)
+        return training
+
+    undisturbed = trained("undisturbed")
+    with pytest.raises(BrokenOff):
+        trained("broken off", broken_off_at=13)           # rounds begin at 0, 8, 16
+    rest = trained("broken off")
+    assert min(rest.means) == 10
+    assert torch.equal(lm.weights(rest.policy), lm.weights(undisturbed.policy))
+
+
+def test_a_round_is_the_policys_own_responses_with_the_kl_paid(start_run):
+    run = start_run(100, align_steps=10, **ROUNDS)
+    training = Practice(run, "exo", K=4, rounds=2)
+    training.policy = lm.moved_policy()
+    new = train.drawn_from_policy(run, training, 1)
+    ids, mask = new["ids"].flatten(0, 1).long(), new["mask"].flatten(0, 1)               # (n K, T)
+    with torch.no_grad():
+        logq = sequence_logprob(training.policy, ids, mask)                              # (n K,)
+        ref_logp = sequence_logprob(training.ref, ids, mask)                             # (n K,)
+    assert len(new["ids"]) == run.cfg.prompts // 2
+    torch.testing.assert_close(new["ref_logp"].flatten(), logq, atol=1e-4, rtol=1e-4)
+    paid = lm.reward_of(ids, mask) - 0.5 * (logq - ref_logp)
+    torch.testing.assert_close(new["reward"].flatten(), paid, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.slow
@@ -228,10 +275,11 @@ def played(winner=None, n=40, temperature=0.8):
         return reward.argmax(1) if winner is None else torch.full((len(reward),), winner)
 
     sampled = responses(n, 3, temperature)
+    ids, mask = lm.sample(lm.moved_policy(), n, 4, temperature)
     with torch.no_grad():
-        pairs = xpo.play(lm.moved_policy(), lm.policy(), lm.reward_of, label, sampled["ids"][:, :1].long(),
-                         sampled, lm.NEW, temperature, lm.EOS, torch.Generator().manual_seed(4))
-    return pairs, sampled
+        ref_logp = sequence_logprob(lm.policy(), ids, mask, temperature)
+    fresh = {"ids": ids.int(), "mask": mask, "ref_logp": ref_logp, "reward": lm.reward_of(ids, mask)}
+    return xpo.pairs(fresh, sampled, label), sampled
 
 
 def test_a_pair_has_its_winner_first_and_the_references_log_probs():

@@ -52,6 +52,27 @@ def test_limit_of_n_plus_or_minus_one_slots_is_n_log_cosh(n, base, beta):
     assert ess[0] == pytest.approx(2 ** n * (cosh ** 2 / math.cosh(2 / beta)) ** n)
 
 
+def test_the_optimum_has_the_whole_gain_in_j_and_a_policy_at_the_wrong_temperature_less(counts):
+    """Shares of pi*_beta's gain in E r - beta KL; of a reward model's optimum, judged by the oracle, too."""
+    def share(beta, own_beta, *shaping):
+        best, kl, _, _ = limit_at(shaping[0] if shaping else counts, own_beta, counts)
+        one_response = [torch.tensor(x)[:, None] for x in (best, kl, counts.mean(1))]    # (P, 1) each
+        return evaluate.share_of_objective(beta, *one_response, counts, *shaping)[0]
+
+    assert share(2.0, 2.0) == pytest.approx(1)
+    assert 0 < share(2.0, 4.0) < 0.95 and share(2.0, 1.2) < 0.95
+    noise = np.random.default_rng(0).normal(size=counts.shape)
+    assert share(2.0, 2.0, counts + noise) == pytest.approx(1)
+    assert share(0.05, 0.05) is None                                 # beyond what these samples support
+
+
+def test_the_kl_needed_for_a_gain_is_that_of_the_limit(counts):
+    curve = limit_curve(counts)
+    best, kl, _, _ = limit_at(counts, 1.3)
+    assert evaluate.kl_needed(best.mean() - counts.mean(), curve) == pytest.approx(kl.mean(), rel=0.01)
+    assert evaluate.kl_needed(-0.1, curve) is None and evaluate.kl_needed(100.0, curve) is None
+
+
 def test_limit_is_monotone_and_concave_with_slope_beta(counts):
     curve = limit_curve(counts, np.geomspace(100, 0.1, 150))
     beta, kl, reward = (curve[name] for name in ("beta", "kl", "reward"))
@@ -300,7 +321,8 @@ def test_a_row_holds_the_plain_means():
 
 def aligned(method, feedback="preferences", K=0, seed=0, **settings):
     about = {"method": method, "feedback": feedback, "K": K, "beta_pi": 0.5, "beta_r": 1.0,
-             "alpha": 0.001 if method == "xpo" else 0.0, "lr": 1e-4, "seed": seed} | settings
+             "alpha": 0.001 if method == "xpo" else 0.0, "lr": 1e-4, "rounds": 1,
+             "labels": "bt", "steps": 18, "seed": seed} | settings
     rows = [{"step": 9.0 * i, "kl": 1.0 * i, "reward": 2.0 * i} for i in range(3)]
     return Aligned(Path("anything"), about, rows, None)
 
@@ -338,7 +360,8 @@ def test_the_frontier_has_six_lines_at_most_and_another_picture_has_all(tmp_path
     def labels(alignments, own):
         pictures, run = {}, SimpleNamespace(folder=tmp_path, own=own, cfg=SimpleNamespace(eval_split="test"))
         monkeypatch.setattr(figures, "save", lambda figure, path: pictures.update({path.name: figure}))
-        figures.frontier(run, figures.grouped(alignments), limit_reward, limit_curve(limit_reward))
+        groups, curve = figures.grouped(alignments), limit_curve(limit_reward)
+        figures.frontier(run, groups, {"reward": limit_reward}, curve)
         return {name: [line.get_label() for line in one.axes[0].lines[1:]] for name, one in pictures.items()}
 
     pictures = labels(EVERY, own=False)

@@ -26,7 +26,7 @@ def test_stored_notebook_is_small_executed_and_free_of_paths(name):
     notebook, cells = code_cells(name)
     nbformat.validate(notebook)
     outputs = [out for cell in cells for out in cell.outputs]
-    assert len(notebook.cells) <= 15
+    assert len(notebook.cells) <= 18
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     assert any(out.output_type == "display_data" and "image/png" in out.data for out in outputs)
     assert not any(out.output_type == "error" for out in outputs)

@@ -1,14 +1,12 @@
 """Runs on a user's own preferences: from the file to aligned policies, judged by the reward model."""
-import contextlib
-import io
 import json
 import random
 
 import pytest
+from conftest import run_train
 
-import checkpoint
 import data
-import train
+import settings
 from checkpoint import read_json, read_tensors
 
 
@@ -18,23 +16,17 @@ def write(path, n, kind, seed=0):
     with path.open("w") as file:
         for _ in range(n):
             row = {"prompt": f"Film number {pick(range(200))} was"}
-            good = pick([" warm.", " sharp and clear."])
-            bad = pick([" cold.", " dull and flat."])
+            responses = [pick([" warm.", " sharp and clear."]), " cold.", " long."]
             if kind == "pairs":
-                row |= {"chosen": good, "rejected": bad}
+                row |= {"chosen": responses[0], "rejected": responses[1]}
             else:
-                row |= {"responses": [" long.", good, bad], "rewards": [0.1, 2, -1]}
+                row |= {"responses": responses, "rewards": [2, -1, 0.1]}
             file.write(json.dumps(row) + "\n")
     return path
 
 
-def align(folder, file, *arguments):
-    """`python train.py --smoke` on a file, in this process.  -> what it printed"""
-    command = ["--smoke", "--tokenizer", "tiny", "--data", file, "--run", folder, *arguments]
-    with contextlib.redirect_stdout(io.StringIO()) as printed, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "catch_signals", lambda: None)
-        train.main([str(argument) for argument in command])
-    return printed.getvalue()
+def align(folder, file, *flags):
+    return run_train("--smoke", "--tokenizer", "tiny", "--data", file, "--run", folder, *flags)
 
 
 @pytest.fixture(scope="module")
@@ -42,16 +34,19 @@ def pairs(tmp_path_factory):
     """A finished run on 120 pairs.  -> its folder, its file, what it printed"""
     folder = tmp_path_factory.mktemp("own")
     file = write(folder / "prefs.jsonl", 120, "pairs")
-    return folder / "run", file, align(folder / "run", file)
+    ended = align(folder / "run", file)
+    assert ended.code == 0, ended.err
+    return folder / "run", file, ended.out
 
 
 def test_a_file_of_pairs_leaves_what_reviews_leave_and_its_judge_is_never_called_oracle(pairs):
     run, _, printed = pairs
     for name in ("frontier.png", "curves.png", "density.png", "exo-preferences-s0/step-00010"):
         assert (run / name).exists(), name
-    assert "108 rows to train on, 12 held out" in printed and "wins, rm" in printed
-    texts = [(run / name).read_text() for name in ("table.csv", "exo-preferences-s0/samples.md")]
-    assert "oracle" not in "".join([printed, *texts]) and not (run / "oracle").exists()
+    assert "108 rows to train on, 12 held out" in printed
+    table = (run / "table.csv").read_text()
+    assert "wins_sft_rm" in table and not (run / "oracle").exists()
+    assert "oracle" not in printed + table + (run / "exo-preferences-s0/samples.md").read_text()
     assert set(read_json(run / "reward_model/report.json")) == {"shift", "scale", "accuracy_on_held_out_rows"}
 
 
@@ -69,23 +64,24 @@ def test_its_responses_are_the_files_own_after_prompts_of_any_length(pairs):
             assert ids[mask].tolist() == [*response, encoding.eot_token]
 
 
-def test_changed_preferences_are_refused_by_name(pairs, tmp_path):
-    with pytest.raises(SystemExit, match="was made with data ="):
-        align(pairs[0], write(tmp_path / "other.jsonl", 120, "pairs", seed=1))
+def test_changed_preferences_are_refused_by_name(pairs):
+    run, file, _ = pairs
+    write(file, 120, "pairs", seed=1)
+    ended = align(run, file)
+    assert ended.code == 1 and "was made with reviews = " in ended.err
+    write(file, 120, "pairs")
 
 
 def test_faulty_rows_stop_the_run_before_anything_trains(tmp_path):
     file = tmp_path / "prefs.jsonl"
     file.write_text('{"prompt": "a", "chosen": "b"}')
-    with pytest.raises(SystemExit) as left:
-        align(tmp_path / "run", file)
-    refusal = f"train.py: 1 of 1 rows of {file} cannot be used: mend or remove it"
-    assert left.value.code == f"{refusal}\n{file}:1: missing key 'rejected'"
+    ended = align(tmp_path / "run", file)
+    assert ended.code == 1 and f"{file}:1: missing key 'rejected'" in ended.err
     assert not (tmp_path / "run/sft").exists()
 
 
 def test_weights_of_ones_own_ask_for_the_settings_of_released_weights():
-    cfg, _ = train.parse(["--data", "prefs.jsonl", "--init", "gpt2", "--device", "cpu"])
+    cfg, _ = settings.parse(["--data", "prefs.jsonl", "--init", "gpt2", "--device", "cpu"])
     assert (cfg.preset, cfg.align_lr, cfg.tokenizer) == ("imdb", 1e-6, "gpt2")
 
 
@@ -94,8 +90,9 @@ def test_weights_of_ones_own_ask_for_the_settings_of_released_weights():
 def test_every_method_runs_on_a_users_file(tmp_path, kind):
     file = write(tmp_path / "prefs.jsonl", 100, kind)
     held_out = write(tmp_path / "held.jsonl", 20, kind, seed=1)
-    printed = align(tmp_path / "run", file, "--method", "all", "--eval-data", held_out)
-    assert "100 rows to train on, 20 held out" in printed
+    ended = align(tmp_path / "run", file, "--method", "all", "--eval-data", held_out)
+    assert ended.code == 0, ended.err
+    assert "100 rows to train on, 20 held out" in ended.out
     K = 2 if kind == "pairs" else 3
     names = ["exo-preferences", "dpo-preferences", f"exo-reward-k{K}", f"dpo-reward-k{K}", "ppo-reward"]
     for name in [*names, "xpo-preferences"]:

@@ -6,7 +6,7 @@ import socket
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
-from conftest import ALIGNED, at, small
+from conftest import ALIGNED, ALL_METHODS, at, small
 
 import compute
 from checkpoint import begin, read_tensors, saves
@@ -81,7 +81,7 @@ def test_two_processes_take_the_steps_of_one_and_hold_the_same_bits(tmp_path):
 
 
 def whole_run(folder):
-    return small(folder / "run", "--method", "all")
+    return small(folder / "run", *ALL_METHODS)
 
 
 def run_with_a_signal(folder):
@@ -99,7 +99,7 @@ def test_a_run_by_two_processes_stops_goes_on_and_is_the_run_of_one(tmp_path, al
     assert saves(tmp_path / "run" / ALIGNED)[-1].name == "resume-00000003.pt"
     assert [each.code for each in in_two_processes(whole_run, tmp_path)] == [0, 0]
     weights = list((tmp_path / "run").rglob("model.safetensors"))
-    assert len(weights) == 3 + 6 * 2                      # sft, oracle, reward model; two of a method
+    assert len(weights) == 3 + 7 * 2             # sft, oracle, reward model; two checkpoints an alignment
     for path in weights:
         ours = read_tensors(path)[0]
         theirs = read_tensors(all_methods / path.relative_to(tmp_path / "run"))[0]

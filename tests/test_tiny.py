@@ -17,7 +17,6 @@ from model import ScalarGPT
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
-METHODS = ["exo-preferences-s0", "exo-reward-k4-s0"]
 
 
 def command(folder, *arguments):
@@ -38,7 +37,7 @@ def tiny(tmp_path_factory):
     return SimpleNamespace(folder=folder, peak=peak, limit=sampled["reward"].numpy())
 
 
-@pytest.fixture(params=METHODS)
+@pytest.fixture(params=["exo-preferences-s0", "exo-reward-k4-s0"])
 def aligned(tiny, request):
     """Of each method: pi_sft's row of eval.csv, those of its 6 checkpoints, their samples by folder name."""
     folder = tiny.folder / request.param

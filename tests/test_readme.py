@@ -19,7 +19,7 @@ from data import tiny_reviews
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = (ROOT / "results" / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```\n(.*?)```", README, re.DOTALL)
+BLOCKS = re.findall(r"```\w*\n(.*?)```", README, re.DOTALL)
 LINES = [line for block in BLOCKS for line in block.splitlines() if line.startswith(("python ", "torchrun "))]
 COMMANDS = [shlex.split(line, comments=True) for line in LINES]
 NAMES = sorted(set(re.findall(r"`([^`\n]+)`", README)))
@@ -108,6 +108,9 @@ def small(command, place):
     names = {name: str(place / name) for name in ("prefs.jsonl", "held_out.jsonl", "aclImdb_v1.tar.gz")}
     names |= {"runs/tiny": str(place / "tiny"), "--nproc_per_node=4": "--nproc_per_node=2"}
     command = [names.get(word, word) for word in command]
+    if "--seeds" in command:                                         # one says as much as three
+        place_of = command.index("--seeds")
+        command[place_of + 2:place_of + 4] = []
     if command[0] == "torchrun":
         command = ["python", "-m", "torch.distributed.run", "--standalone", *command[1:]]
     if "train.py" in command:

@@ -36,7 +36,8 @@ def test_all_methods_in_one_command_leave_a_policy_each(all_methods):
     assert names == sorted(train.name_of(cfg, *one, 0) for one in train.plan(cfg)) and len(names) == 7
     assert all(GPT.from_pretrained(one.last) and len(one.rows) == 3 for one in aligned)
     assert aligned[-1].about == {"method": "xpo", "feedback": "preferences", "K": 0, "rounds": 1, "seed": 0,
-                                 "beta_pi": 0.5, "beta_r": 1.0, "alpha": 0.0015, "lr": 1e-4}
+                                 "beta_pi": 0.5, "beta_r": 1.0, "alpha": 0.0015, "lr": 1e-4, "labels": "bt",
+                                 "steps": 12}
 
 
 def test_a_second_method_starts_at_its_alignment_and_there_at_the_reference(finished):

@@ -111,7 +111,10 @@ def test_the_help_names_every_setting_and_the_origin_of_every_number(capsys):
 @pytest.mark.parametrize("arguments, sentence", [
     ("--preset huge", "invalid choice: 'huge'"), ("--sft-stepz 3", "unrecognized arguments: --sft-stepz"),
     ("--beta-pi -1", "--beta-pi must be positive"), ("--beta-r nan", "--beta-r must be positive"),
-    ("--eps 0.5", "must lie in (0, 0.5)"), ("--num-candidates 9", "--num-candidates must lie between 2"),
+    ("--held-out 1", "--held-out must lie in (0, 1)"), ("--eps 0.5", "must lie in (0, 0.5)"),
+    ("--warmup 1", "--warmup must lie in [0, 1)"), ("--rounds 4", "--rounds is for --method exo and dpo"),
+    ("--method exo --feedback reward --rounds 200", "--rounds must be at most"),
+    ("--num-candidates 9", "--num-candidates must lie between 2"),
     ("--n-embd 65", "must be a multiple of --n-head"), ("--seeds 1 1", "--seeds must be different"),
     ("--checkpoints 999", "must be at most"), ("--data reviews.txt", "neither tiny, nor imdb, nor a .jsonl")])
 def test_usage_errors_are_one_sentence(arguments, sentence, capsys):

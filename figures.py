@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 import evaluate
 import stages
-from checkpoint import atomic, read_tensors
+from checkpoint import atomic, finished, read_tensors
 from compute import UserError, rank, rng
 from model import respond, sequence_logprob
 from run import alignments, open_run
@@ -305,7 +305,7 @@ def table(run, aligned, limit, curve):
     """
     judge, trained = "rm" if run.own else "oracle", run.folder / "reward_model"
     score = None
-    if not run.own and (trained / "report.json").exists():              # a second opinion
+    if not run.own and finished(trained):               # a second opinion
         score = stages.reward_function(run, trained)
 
     def rewards(samples, prefix=""):                    # by the judge and by the reward model

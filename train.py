@@ -50,8 +50,9 @@ def train_exo_dpo(run, training):
         sums = Sums()
         for part in micro_batches(index, run.at_once(training.K or 2)):
             ids, mask, ref_logp, reward = (data.columns[name][part].to(run.device) for name in CANDIDATES)
-            x, m = trim(ids.flatten(0, 1).long(), mask.flatten(0, 1))                  # (b, K, T) -> (b K, t)
-            logp = sequence_logprob(policy, x, m, cfg.temperature).view(len(part), -1)   # (b K,) -> (b, K)
+            ids, mask = trim(ids.flatten(0, 1).long(), mask.flatten(0, 1))             # (b, K, T) -> (b K, t)
+            logp = sequence_logprob(policy, ids, mask, cfg.temperature)                  # (b K,)
+            logp = logp.view(len(part), -1)                                              # (b K,) -> (b, K)
             if training.feedback == "preferences" and method == "exo":
                 loss = exo_pref_loss(logp, ref_logp, cfg.beta_pi, cfg.eps)
             elif training.feedback == "preferences":
@@ -100,9 +101,9 @@ def drawn_from_policy(run, training, t):
     """
     cfg, K = run.cfg, training.K
     prompts = run.train_prompts()
-    n = max(1, len(prompts) // training.rounds)                      # prompts a round
+    n = len(prompts) // training.rounds                              # prompts a round
     order = torch.randperm(len(prompts), generator=rng("rounds", training.seed))
-    chosen = order[torch.arange(t * n, (t + 1) * n) % len(prompts)]
+    chosen = order[t * n:(t + 1) * n]
     score = stages.reward_function(run, stages.reward_model(run))
     generator = rng("rounds", training.seed, t)
     new = fresh_responses(run, training, score, [prompts[i] for i in chosen], K, generator)
@@ -266,8 +267,8 @@ class Training:
 
     def settings(self):
         kind = self.method if self.method in ("ppo", "xpo") else "offline"
-        return self.run.settings("align", kind) | {"method": self.method, "seed": self.seed,
-                                                           "rounds": self.rounds}
+        own = {"method": self.method, "seed": self.seed, "rounds": self.rounds}
+        return self.run.settings("align", kind) | own
 
     def about(self):
         """What figures and sample.py read in stage.json."""

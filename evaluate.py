@@ -67,6 +67,7 @@ def summary(measured, eos_id):
     return {"reward": reward, "reward_se": reward_se,
             "accuracy": mean_se(measured["reward"].sigmoid())[0],               # paper D.3
             "kl": kl, "kl_se": kl_se, "kl_k1": mean_se(measured["k1"])[0],
+            "within_prompt_sd": within_prompt_sd(measured["reward"]),
             "length": mean_se(mask.sum(2))[0], "ended": mean_se(ended)[0], "distinct2": distinct2(ids, mask)}
 
 
@@ -74,6 +75,11 @@ def mean_se(x):
     """(P, S) -> the mean and its standard error, from the spread of the prompts' means."""
     per_prompt = x.float().mean(1)                                              # (P, S) -> (P,)
     return float(per_prompt.mean()), float(per_prompt.std() / math.sqrt(len(per_prompt)))
+
+
+def within_prompt_sd(reward):
+    """The standard deviation of a response's reward around its prompt's mean.  (P, S) -> float"""
+    return float(reward.var(1, correction=1).mean().sqrt())
 
 
 def distinct2(ids, mask):

@@ -60,7 +60,11 @@ class Group:
         self.seeds = []                                 # for each eval.csv's rows, and what figures' csv add
         for one in members:
             names = {"run": one.folder.name, "curve": self.label, "seed": one.about["seed"]}
-            self.seeds.append([names | row | {"beta_or_n_or_step": row["step"]} for row in one.rows])
+            rows = []
+            for row in one.rows:
+                step = {"share": row["step"] / about["steps"], "beta_or_n_or_step": row["step"]}
+                rows.append(names | row | step)
+            self.seeds.append(rows)
 
 
 def grouped(aligned):
@@ -146,8 +150,7 @@ def canvas(run, title, xlabel, *ylabels):
 
 def plot(axes, group, x, y):
     """Two columns of a group's rows: the mean over seeds, in a band from the lowest to the highest."""
-    seeds = [[row for row in rows if x in row and y in row] for rows in group.seeds]
-    seeds = [rows for rows in seeds if len(rows) == len(seeds[0])]              # one under way has fewer
+    seeds = [rows for rows in group.seeds if len(rows) == len(group.seeds[0])]  # one under way has fewer
     xs = np.array([[row[x] for row in rows] for rows in seeds])                 # (seeds, checkpoints)
     ys = np.array([[row[y] for row in rows] for rows in seeds])                 # (seeds, checkpoints)
     text = group.label if len(seeds) == 1 else f"{group.label}, {len(seeds)} seeds"
@@ -232,20 +235,13 @@ def accuracy(run, groups):
 
 def curves(run, groups):
     """Figure 8: reward on the way, and a response's standard deviation around its prompt's mean."""
-    for group in groups:
-        for one, rows in zip(group.members, group.seeds):
-            for row in rows[1:]:                        # the first is pi_sft's
-                samples = read_tensors(one.folder / f"step-{int(row['step']):05d}" / "samples.safetensors")[0]
-                row["share"] = row["step"] / one.about["steps"]
-                row["within_prompt_sd"] = float(stages.within_prompt_sd(samples["reward"]))
     figure, reward, spread = canvas(run, "reward during training, on", "share of the training",
                                     reward_axis(run), "standard deviation of a prompt's rewards")
     for group in groups:
         plot(reward, group, "share", "reward")
         plot(spread, group, "share", "within_prompt_sd")
     save(figure, run.folder / "curves.png")
-    later = [row for row in rows_of(groups) if row["step"] > 0]
-    write_csv(run.folder / "curves.csv", ("run", "step", "reward", "within_prompt_sd"), later)
+    write_csv(run.folder / "curves.csv", ("run", "step", "reward", "within_prompt_sd"), rows_of(groups))
 
 
 @torch.no_grad()

@@ -79,6 +79,7 @@ class Config:
     rm_lr: float = opt(1e-3, "peak learning rate [official code: 1e-5]", "reward_model")
     # alignment
     align_steps: int = opt(400, "steps of EXO and DPO [paper: one epoch]", "offline")
+    align_prompts: int = opt(0, "prompts of EXO and DPO, the first of --prompts; 0: all [ours]", "offline")
     align_batch: int = opt(32, "prompts a step of EXO, DPO and XPO [paper: 64]", "offline xpo")
     align_lr: float = opt(1e-4, "peak learning rate of EXO, DPO and XPO [paper: 1e-6]", "offline xpo")
     beta_pi: float = opt(0.5, "scales the log-ratio; DPO's beta on pairs [official code: 0.1]", "align")
@@ -220,12 +221,12 @@ def parse(argv=None):
 
 def most_rounds(cfg):
     """As many rounds as have a step each, and a batch of different prompts."""
-    return min(cfg.align_steps, cfg.prompts // cfg.align_batch)
+    return min(cfg.align_steps, (cfg.align_prompts or cfg.prompts) // cfg.align_batch)
 
 
 def impossible(cfg):
     """What is wrong with these values, in one sentence, or None."""
-    zero = {"micro_batch_size", "alpha", "ppo_warmup", "warmup", "pipeline"}
+    zero = {"micro_batch_size", "alpha", "ppo_warmup", "warmup", "pipeline", "align_prompts"}
     if cfg.own:
         zero |= {name for name, value in OWN_DATA.items() if value == 0}
     for setting in fields(cfg):
@@ -254,7 +255,8 @@ def impossible(cfg):
         (len(set(cfg.seeds)) == len(cfg.seeds), f"--seeds must be different, got {cfg.seeds}"),
     ]
     at_most = [("all", "limit_prompts", "eval_prompts"), ("exo dpo", "checkpoints", "align_steps"),
-               ("exo dpo", "align_batch", "prompts"), ("ppo", "ppo_batch", "prompts"),
+               ("exo dpo", "align_batch", "prompts"), ("exo dpo", "align_prompts", "prompts"),
+               ("ppo", "ppo_batch", "prompts"),
                ("ppo", "checkpoints", "ppo_steps"), ("xpo", "xpo_prompts", "prompts")]
     for methods, small, large in at_most:
         if not cfg.own and (methods == "all" or cfg.method == "all" or cfg.method in methods.split()):

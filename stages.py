@@ -30,7 +30,7 @@ from checkpoint import (
     write_tensors,
 )
 from compute import Sums, UserError, adamw, batch_by_length, cosine, micro_batches, rng, update
-from evaluate import measure
+from evaluate import measure, within_prompt_sd
 from model import GPT, GPTConfig, ScalarGPT, respond, sequence_logprob, token_logprob, trim
 
 # ---- SFT and the oracle -------------------------------------------------------------------------------
@@ -365,7 +365,7 @@ def reward_model(run):
 
     score = score_all(run, scorer, sampled)                                              # (P, K)
     shift = float(score.mean())
-    scale = float(within_prompt_sd(sampled["reward"]) / within_prompt_sd(score))
+    scale = within_prompt_sd(sampled["reward"]) / within_prompt_sd(score)
     if run.own:
         held_out = score_all(run, scorer, own_responses(run, "test"))                    # (P, K)
         right = held_out[:, 0] > held_out[:, 1]
@@ -440,8 +440,3 @@ def prompts_of(ids, mask):
     """The prompts of rows (N, T), (N, T) -> N id lists."""
     start = mask.int().argmax(1)
     return [row[:n].tolist() for row, n in zip(ids, start)]
-
-
-def within_prompt_sd(reward):
-    """(P, K) -> the standard deviation of a response's reward around its prompt's mean."""
-    return reward.var(1, correction=1).mean().sqrt()

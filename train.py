@@ -19,7 +19,7 @@ import xpo
 from checkpoint import Log, Rows, Stopped, begin, finish, read_json, read_tensors, resumable, write_tensors
 from compute import Sums, UserError, adamw, cosine, micro_batches, rank, rng, shuffled_batch, update
 from dpo import dpo_loss, dpo_reward_loss
-from evaluate import summary
+from evaluate import mean_se, summary
 from exo import exo_loss, exo_pref_loss
 from model import respond, sequence_logprob, trim
 from run import Run, settle
@@ -39,12 +39,14 @@ def train_exo_dpo(run, training):
     if rounds == 1:
         data.append(**drawn_from_sft(run, training.feedback, training.K))
         check_start(run, policy, data.columns)
+    else:
+        draw = drawn_from_policy(run, training)
     schedule = equal_rounds(cfg.align_steps, rounds)
     state = {"data": data} if rounds > 1 else {}                     # one round is read again, not saved
     for step, bar in training.steps(cfg.align_steps, **state):
         t, i = schedule[step]
         if i == 0 and rounds > 1:
-            data.replace(**drawn_from_policy(run, training, t))
+            data.replace(**draw(t))
         key = ("align", training.seed, t) if t > 0 else ("align", training.seed)
         index = shuffled_batch(i, cfg.align_batch, len(data), *key)
         sums = Sums()
@@ -79,7 +81,7 @@ def drawn_from_sft(run, feedback, K):
     Pairs: column 0 is the chosen response; the rewards are 1 and 0.
     """
     sampled = read_tensors(stages.responses(run) / "responses.safetensors")[0]
-    P = len(sampled["ids"])
+    P = run.cfg.align_prompts or len(sampled["ids"])
     if feedback == "preferences":
         winner = stages.winners(run, sampled["reward"][:, :2], "train")                  # (P,)
         order = torch.stack([winner, 1 - winner], dim=1)                                 # (P, 2)
@@ -94,40 +96,39 @@ def drawn_from_sft(run, feedback, K):
     return drawn
 
 
-def drawn_from_policy(run, training, t):
-    """Round t's data: K responses of the present policy to its prompts.  -> {CANDIDATES}
+def drawn_from_policy(run, training):
+    """The data of rounds: K responses of the present policy to each prompt.  -> function of t: {CANDIDATES}
 
     The rounds share the prompts out, so that they sample as many responses in all as the paper's one round.
     """
-    cfg, K = run.cfg, training.K
-    prompts = run.train_prompts()
-    n = len(prompts) // training.rounds                              # prompts a round
+    cfg, K, beta = run.cfg, training.K, run.cfg.beta_r * run.cfg.beta_pi
+    prompts = run.train_prompts()[:cfg.align_prompts or None]
     order = torch.randperm(len(prompts), generator=rng("rounds", training.seed))
-    chosen = order[t * n:(t + 1) * n]
-    score = stages.reward_function(run, stages.reward_model(run))
-    generator = rng("rounds", training.seed, t)
-    new = fresh_responses(run, training, score, [prompts[i] for i in chosen], K, generator)
-    beta = cfg.beta_r * cfg.beta_pi
-    paid = new["reward"] - beta * (new["logp"] - new["ref_logp"])                        # (n, K)  R
-    # the loss's reference is pi_t, which drew these: pi_sft is in the reward already
-    return {"ids": new["ids"], "mask": new["mask"], "ref_logp": new["logp"], "reward": paid}
+    n = len(prompts) // training.rounds                              # prompts a round
+    reward_model = stages.reward_function(run, stages.reward_model(run))
+
+    def scores(ids, mask):                                           # (N, T), (N, T) -> (N,) each
+        logp = sequence_logprob(training.policy, ids, mask, cfg.temperature)
+        sft_logp = sequence_logprob(training.ref, ids, mask, cfg.temperature)
+        paid = reward_model(ids, mask) - beta * (logp - sft_logp)    # R
+        # the loss's reference is pi_t, which drew these: the KL to pi_sft is in the reward already
+        return {"ref_logp": logp, "reward": paid}
+
+    def draw(t):
+        chosen = [prompts[i] for i in order[t * n:(t + 1) * n]]
+        return fresh_responses(run, training.policy, chosen, K, scores, rng("rounds", training.seed, t))
+    return draw
 
 
-def fresh_responses(run, training, reward, prompts, each, generator):
-    """`each` responses of the present policy to every prompt.
+def fresh_responses(run, policy, prompts, each, scores, generator):
+    """`each` responses of the policy to every prompt, and their scores.  -> {name: (n, each, ...)}
 
-    -> {ids, mask: (n, each, T), logp by the policy, ref_logp by pi_sft, reward: (n, each)}
+    scores: (ids, mask), (N, T) each -> {name: (N,)}
     """
     cfg = run.cfg
-
-    def scores(ids, mask):
-        return {"logp": sequence_logprob(training.policy, ids, mask, cfg.temperature),   # (N,)
-                "ref_logp": sequence_logprob(training.ref, ids, mask, cfg.temperature),  # (N,)
-                "reward": reward(ids, mask)}                                             # (N,)
-
     repeated = [prompt for prompt in prompts for _ in range(each)]
-    new = respond(training.policy, repeated, cfg.new_tokens, cfg.temperature, run.eos_id, generator,
-                  cfg.sample_batch, scores, run.block_size)
+    new = respond(policy, repeated, cfg.new_tokens, cfg.temperature, run.eos_id, generator, cfg.sample_batch,
+                  scores, run.block_size)
     new["ids"] = new["ids"].int()
     return {name: column.unflatten(0, (len(prompts), each)) for name, column in new.items()}
 
@@ -171,26 +172,29 @@ def train_xpo(run, training):
         if i == 0:
             history.append(**fresh_pairs(run, training, answers, t))
         if len(closed) and closed.columns["round"][-1] == t:         # no step until the next round
-            training.record(step, {"loss": float("nan"), "grad_norm": float("nan")}, 0, bar)
+            training.record(step, {}, 0, bar)
             continue
         index = shuffled_batch(i, cfg.align_batch, len(history), "xpo", training.seed, t)
         sums = Sums()
         for part in micro_batches(index, run.at_once(2)):
             pairs = {name: column[part].to(run.device) for name, column in history.columns.items()}
-            x, m = trim(pairs["ids"].flatten(0, 1).long(), pairs["mask"].flatten(0, 1))  # (b 2, t)
-            logp = sequence_logprob(policy, x, m, cfg.temperature).view(len(part), 2)    # (b 2,) -> (b, 2)
-            ref, explore = pairs["ref_logp"], pairs["explore"][:, None]                  # (b, 2), (b, 1)
+            ids, mask = trim(pairs["ids"].flatten(0, 1).long(), pairs["mask"].flatten(0, 1))   # (b 2, t)
+            logp = sequence_logprob(policy, ids, mask, cfg.temperature)                  # (b 2,)
+            logp, ref_logp = logp.view(len(part), 2), pairs["ref_logp"]                  # (b 2,) -> (b, 2)
+            explore = pairs["explore"][:, None]                                          # (b, 1)
             explore_logp = logp.gather(1, explore).squeeze(1)                      # (b,) of pi_sft's response
-            loss = xpo.xpo_loss(logp, ref, explore_logp, cfg.beta_pi, cfg.alpha)
+            loss = xpo.xpo_loss(logp, ref_logp, explore_logp, cfg.beta_pi, cfg.alpha)
             (loss * len(part)).backward()
-            h = (logp - ref).detach()                                                    # (b, 2)
+            h = (logp - ref_logp).detach()                                               # (b, 2)
             margins = compare(cfg.beta_pi * h, torch.zeros_like(part), torch.ones_like(part))
-            sums.add(len(part), loss=loss * len(part), **margins, tokens=m.sum(),
+            sums.add(len(part), loss=loss * len(part), **margins, tokens=mask.sum(),
                      explore_logp=explore_logp.sum(), explore_log_ratio=h.gather(1, explore).sum())
         lr = cfg.align_lr * cosine(step, len(schedule), cfg.warmup)
         means = update(training.optimizer, lr, sums, index, f"xpo, step {step + 1}")
-        if means["explore_log_ratio"] < floor:                 # the bonus has no floor of its own on a replay
+        if cfg.alpha > 0 and means["explore_log_ratio"] < floor:     # on a replay the bonus has no floor
             closed.append(round=torch.tensor([t]))
+            bar.write(f"round {t + 1} ends early at step {step + 1}: log pi / pi_sft of pi_sft's responses "
+                      f"fell below {floor:.1f} nats, further than the rewards can ask for")
         training.record(step, means, means["tokens"] * len(index), bar)
 
 
@@ -209,8 +213,12 @@ def fresh_pairs(run, training, answers, t):
     def label(reward):
         return stages.winners(run, reward, "xpo", seed, t)
 
-    fresh = fresh_responses(run, training, training.judge, prompts, 1, rng("xpo", seed, t))
-    fresh = {name: fresh[name][:, 0] for name in CANDIDATES}                         # (n, 1, ...) -> (n, ...)
+    def scores(ids, mask):                                                               # (N,) each
+        ref_logp = sequence_logprob(training.ref, ids, mask, cfg.temperature)
+        return {"ref_logp": ref_logp, "reward": training.judge(ids, mask)}
+
+    fresh = fresh_responses(run, training.policy, prompts, 1, scores, rng("xpo", seed, t))
+    fresh = {name: column[:, 0] for name, column in fresh.items()}                   # (n, 1, ...) -> (n, ...)
     return xpo.pairs(fresh, sampled, label)
 
 
@@ -274,8 +282,9 @@ class Training:
         """What figures and sample.py read in stage.json."""
         cfg = self.run.cfg
         steps = {"ppo": cfg.ppo_steps, "xpo": len(xpo_schedule(cfg))}.get(self.method, cfg.align_steps)
+        prompts = cfg.align_prompts or cfg.prompts
         return {"method": self.method, "steps": steps, "feedback": self.feedback, "K": self.K,
-                "rounds": self.rounds, "beta_pi": cfg.beta_pi,
+                "rounds": self.rounds, "prompts": prompts, "beta_pi": cfg.beta_pi,
                 "beta_r": cfg.beta_r, "alpha": cfg.alpha if self.method == "xpo" else 0.0,
                 "lr": cfg.ppo_lr if self.method == "ppo" else cfg.align_lr, "labels": cfg.labels,
                 "seed": self.seed}
@@ -300,8 +309,12 @@ class Training:
             yield step, bar
 
     def record(self, step, means, tokens, bar):
-        """Logs a step, which trained on so many tokens; at a checkpoint evaluates and keeps the policy."""
-        self.metrics.write(step=step + 1, **means)
+        """Logs a step, which trained on so many tokens; at a checkpoint evaluates and keeps the policy.
+
+        means: empty for a step that was not taken.
+        """
+        if means:
+            self.metrics.write(step=step + 1, **means)
         self.tokens += tokens
         self.seconds += time.perf_counter() - self.began
         shown = ("loss", "rewards_margin", "rewards_accuracy", "reward", "kl", "explore_log_ratio")
@@ -318,12 +331,14 @@ class Training:
         self.policy.save_pretrained(folder, run.eos_id)
         write_tensors(folder / "samples.safetensors", samples)
         self.evaluations.write(step=step, **row)                     # last: a row says that the rest is there
-        learned = ""
+        learned = f"loss {means['loss']:.3f}, " if means else ""
         if "rewards_margin" in means and self.rounds == 1:           # in rounds they begin at 0 each time
-            learned = f", margin {means['rewards_margin']:.3f}, accuracy {means['rewards_accuracy']:.3f}"
+            learned += f"margin {means['rewards_margin']:.3f}, accuracy {means['rewards_accuracy']:.3f}, "
         speed = self.tokens / self.seconds if self.seconds else 0
-        bar.write(f"step {step}: loss {means['loss']:.3f}{learned}, reward {row['reward']:.2f} at KL "
-                  f"{row['kl']:.2f} nats, length {row['length']:.0f}, {speed:,.0f} tokens/s")
+        start = mean_se(self.start["reward"])[0]
+        bar.write(f"{self.folder.name}, step {step}: {learned}reward {row['reward']:.2f} (pi_sft "
+                  f"{start:.2f}) at KL {row['kl']:.2f} nats, length {row['length']:.0f}, "
+                  f"{speed:,.0f} tokens/s")
         self.tokens = self.seconds = 0.0
         figures.progress(run)
 
@@ -343,6 +358,8 @@ def name_of(cfg, method, feedback, K, rounds, seed):
         name += f"-k{K}"
     if rounds > 1:
         name += f"-rounds{rounds}"
+    if cfg.align_prompts and method in ("exo", "dpo"):
+        name += f"-prompts{cfg.align_prompts}"
     for setting in ("beta_pi", "beta_r", "alpha"):
         shown = setting != "alpha" or (method == "xpo" and not online_dpo)
         if shown and getattr(cfg, setting) != usual[setting]:

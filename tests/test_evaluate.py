@@ -299,7 +299,9 @@ def test_copies_of_a_sample_do_not_shrink_its_standard_error():
             "reward": reward, "kl": 2 * reward, "k1": reward}
     one = evaluate.summary(once, 0)
     two = evaluate.summary({name: torch.cat([column, column], dim=1) for name, column in once.items()}, 0)
-    assert two.pop("distinct2") < one.pop("distinct2") and two == pytest.approx(one)
+    for of_all_copies in ("distinct2", "within_prompt_sd"):
+        assert two.pop(of_all_copies) < one.pop(of_all_copies)
+    assert two == pytest.approx(one)
     assert one["reward_se"] == pytest.approx(float(reward.mean(1).std()) / math.sqrt(40))
     assert one["kl_se"] == pytest.approx(2 * one["reward_se"])
 
@@ -314,7 +316,9 @@ def test_a_row_holds_the_plain_means():
     assert row["length"] == 3.0 and row["ended"] == 0.75             # 3 4 4 1; the second is cut
     assert row["accuracy"] == pytest.approx(float(reward.sigmoid().mean()))
     assert row["distinct2"] == 6 / 8                                 # 12 20 | 12 23 31 | 11 11 10 | none
-    assert list(row) == "reward reward_se accuracy kl kl_se kl_k1 length ended distinct2".split()
+    assert row["within_prompt_sd"] == pytest.approx(math.sqrt(2))         # of both prompts
+    names = "reward reward_se accuracy kl kl_se kl_k1 within_prompt_sd length ended distinct2"
+    assert list(row) == names.split()
 
 
 # ---- figures -----------------------------------------------------------------------------------------------

@@ -150,13 +150,22 @@ def tokenize_imdb(paths, encoding, cached):
                            "label": torch.tensor(labels, dtype=torch.int8), "train": torch.tensor(train)})
 
 
-def gpt2_encoding():
-    """GPT-2's tokenizer; its end-of-text id is 50256."""
+def gpt2_encoding(vocab_size=0):
+    """GPT-2's tokenizer; its end-of-text id is 50256.
+
+    vocab_size: of the tokens in the order of their merges only the first, at least the 256 bytes; then comes
+    the end-of-text.  Byte pairs that are merged first are a tokenizer by themselves.
+    """
     try:
-        return tiktoken.get_encoding("gpt2")
+        whole = tiktoken.get_encoding("gpt2")
     except Exception as error:                            # whatever tiktoken's network library raises
         raise UserError(f"cannot load GPT-2's tokenizer ({type(error).__name__}): set TIKTOKEN_CACHE_DIR to "
                         "a folder that holds its two files, or use --preset tiny") from error
+    if vocab_size == 0:
+        return whole
+    ranks = {token: rank for token, rank in whole._mergeable_ranks.items() if rank < vocab_size}
+    return tiktoken.Encoding(f"gpt2-{vocab_size}", pat_str=whole._pat_str, mergeable_ranks=ranks,
+                             special_tokens={"<|endoftext|>": vocab_size})
 
 
 # ---- tiny reviews: a grammar with a known truth ------------------------------------------------------------

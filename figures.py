@@ -254,7 +254,7 @@ def density(run, groups):
     prompt = stages.prompts_of(samples["ids"][0, :1], samples["mask"][0, :1])[0]
     policies = {group.label: run.policy(group.members[0].last) for group in groups}
     ref = policies["ref"] = run.policy(run.folder / "sft")
-    score = stages.judge(run, run.folder / ("reward_model" if run.own else "oracle"))
+    score = stages.reward_function(run, run.folder / ("reward_model" if run.own else "oracle"))
 
     def measure(ids, mask):                             # (n,) each
         columns = {"optimum": score(ids, mask) / beta}
@@ -348,7 +348,7 @@ def gains(one, samples, before, limit):
     ours = (beta, samples["reward"], samples["kl"], before["reward"], limit["reward"])
     share, se = evaluate.share_of_objective(*ours)
     model_share = None
-    if one.about["feedback"] == "reward" and "model_reward" in limit:
+    if one.about["feedback"] == "reward" and one.about["reward"] == "model" and "model_reward" in limit:
         model_share = evaluate.share_of_objective(*ours, limit["model_reward"])[0]
     return {"own_beta": beta, "objective_share": share, "objective_share_se": se, "model_share": model_share}
 

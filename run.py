@@ -26,7 +26,8 @@ class Run:
         self.folder = Path(cfg.run)
         self.device = device
         self.bf16 = bf16
-        self.encoding = data.tiny_encoding() if cfg.tokenizer == "tiny" else data.gpt2_encoding()
+        tiny = cfg.tokenizer == "tiny"
+        self.encoding = data.tiny_encoding() if tiny else data.gpt2_encoding(cfg.vocab_size)
         self.eos_id = self.encoding.eot_token
 
     @property

@@ -31,6 +31,8 @@ class Config:
                       ["exo", "dpo", "ppo", "xpo", "all"])
     feedback: str = opt("preferences", "learn from pairs, or from a reward model's scores", "",
                         ["preferences", "reward"])
+    reward: str = opt("model", "what EXO-rw, DPO-rw and PPO climb: a reward model of pairs, or the oracle "
+                      "itself, to see the model's part in a gap [ours]", "", ["model", "oracle"])
     num_candidates: list[int] = opt([4], "K, responses a prompt in losses from rewards [paper: up to 8]")
     seeds: list[int] = opt([0], "alignment and evaluation are repeated for each")
     preset: str = opt("auto", "the experiment; auto: imdb with CUDA, else tiny", "",
@@ -49,6 +51,7 @@ class Config:
     eval_data: str = opt("", "your held-out preferences; default: some of --data", "sft")
     held_out: float = opt(0.1, "how much of --data is held out, in whole prompts [ours]", "sft")
     tokenizer: str = opt("tiny", "tiny: the grammar's words, bytes; gpt2: GPT-2's", "sft", ["tiny", "gpt2"])
+    vocab_size: int = opt(0, "tokens of GPT-2's tokenizer, its first merges; 0: all 50,256 [ours]", "sft")
     imdb: list[str] = opt([], "IMDB archives or extracted folders; default: download once")
     sft_reviews: int = opt(60_000, "training reviews [official code: 25,000]", "sft")
     test_reviews: int = opt(4_000, "held-out reviews of the grammar [ours]", "sft")
@@ -75,7 +78,8 @@ class Config:
                       "reward_model offline xpo", ["argmax", "bt"])
     # reward model
     rm_steps: int = opt(800, "steps [official code: 3 epochs]", "reward_model")
-    rm_batch: int = opt(32, "pairs a step [official code: 128]", "reward_model")
+    rm_batch: int = opt(32, "prompts a step, with all their pairs [official code: 128 pairs]", "reward_model")
+    rm_responses: int = opt(2, "responses of a prompt that make its pairs [ours]", "reward_model")
     rm_lr: float = opt(1e-3, "peak learning rate [official code: 1e-5]", "reward_model")
     # alignment
     align_steps: int = opt(400, "steps of EXO and DPO [paper: one epoch]", "offline")
@@ -226,7 +230,8 @@ def most_rounds(cfg):
 
 def impossible(cfg):
     """What is wrong with these values, in one sentence, or None."""
-    zero = {"micro_batch_size", "alpha", "ppo_warmup", "warmup", "pipeline", "align_prompts"}
+    zero = {"micro_batch_size", "alpha", "ppo_warmup", "warmup", "pipeline", "align_prompts",
+            "vocab_size"}
     if cfg.own:
         zero |= {name for name, value in OWN_DATA.items() if value == 0}
     for setting in fields(cfg):
@@ -245,11 +250,14 @@ def impossible(cfg):
          "--rounds is for --method exo and dpo with --feedback reward: the fresh responses need scores"),
         (cfg.own or cfg.rounds == 1 or cfg.rounds <= most_rounds(cfg),
          f"--rounds must be at most --align-steps, each with a batch of prompts: {most_rounds(cfg)} here"),
+        (cfg.vocab_size == 0 or 256 <= cfg.vocab_size <= 50_256,
+         f"--vocab-size must lie between 256, the bytes, and 50256, got {cfg.vocab_size}"),
         (cfg.eps < 0.5, f"--eps must lie in (0, 0.5), got {cfg.eps}"),
         (min(cfg.num_candidates) >= 2 and (max(cfg.num_candidates) <= cfg.responses or cfg.own),
          f"--num-candidates must lie between 2 and --responses {cfg.responses}, got {cfg.num_candidates}"),
-        (cfg.responses >= 4,
-         f"--responses must be at least 4 (a pair to train on, one to check by), got {cfg.responses}"),
+        (2 <= cfg.rm_responses <= cfg.responses - 2,
+         f"--rm-responses {cfg.rm_responses} must be at least 2, and two less than --responses "
+         f"{cfg.responses}: they are what the reward model is checked by"),
         (cfg.init or cfg.n_embd % cfg.n_head == 0,
          f"--n-embd {cfg.n_embd} must be a multiple of --n-head {cfg.n_head}"),
         (len(set(cfg.seeds)) == len(cfg.seeds), f"--seeds must be different, got {cfg.seeds}"),

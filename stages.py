@@ -10,6 +10,7 @@ A file of preferences (--data) brings its own responses, and has no oracle: the 
 Each leaves one artifact in its own folder of the run.  A stage whose artifact is there, made with the same
 settings from the same upstream artifacts, is read and not run again.
 """
+import itertools
 import math
 
 import numpy as np
@@ -146,13 +147,9 @@ def classify(run, scorer, reviews, index):
     return scorer(*run.rows(reviews.pick(index.tolist()))), label
 
 
-def judge(run, folder=None):
-    """The reward of evaluation, (ids, mask) -> (N,): the oracle's, or on a user's file the reward model's.
-
-    folder: where it lies, made where it is not given.
-    """
-    folder = folder or oracle(run)
-    return reward_function(run, folder) if run.own else run.scorer(folder)
+def judge(run):
+    """The reward of evaluation, (ids, mask) -> (N,): the oracle's, or on a user's file the reward model's."""
+    return reward_function(run, oracle(run))
 
 
 # ---- responses of pi_sft ------------------------------------------------------------------------------
@@ -339,8 +336,15 @@ def reward_model(run):
     if begin(folder, run.settings("reward_model"), upstream):
         return folder
     sampled = read_tensors(upstream[1] / "responses.safetensors")[0]
-    winner = winners(run, sampled["reward"][:, :2], "train")                             # (P,)
-    length = sampled["mask"][:, :2].sum(2).amax(1)                                       # (P,)
+    R = 2 if run.own else cfg.rm_responses                # the first R responses of a prompt make its pairs
+    pairs = list(itertools.combinations(range(R), 2))
+    first, second = torch.tensor(pairs).T                                                # (n,), (n,) columns
+    labels = []
+    for n, pair in enumerate(pairs):
+        key = ("train", n) if n > 0 else ("train",)       # the first pair's label is that of alignment
+        labels.append(winners(run, sampled["reward"][:, list(pair)], *key))              # (P,)
+    winner = torch.stack(labels, dim=1)                                                  # (P, n)
+    length = sampled["mask"][:, :R].sum(2).amax(1)                                       # (P,)
     scorer = ScalarGPT(run.policy(upstream[0]), run.eos_id).to(run.device)
     optimizer = adamw(scorer, cfg.rm_lr)
     log = Log(folder / "metrics.csv")
@@ -350,12 +354,12 @@ def reward_model(run):
         index = batch_by_length(step, cfg.rm_batch, length, *run.names("reward_model"))
         sums = Sums()
         for part in micro_batches(index, run.at_once()):
-            score = score_responses(run, scorer, sampled, part, 2)                       # (b, 2)
-            sign = 1 - 2 * winner[part].to(run.device)                               # (b,) -1: the second won
-            margin = (score[:, 0] - score[:, 1]) * sign                          # (b,) winner's minus loser's
-            loss = -F.logsigmoid(margin).sum()
+            score = score_responses(run, scorer, sampled, part, R)                       # (b, R)
+            sign = 1 - 2 * winner[part].to(run.device)                             # (b, n) -1: the second won
+            margin = (score[:, first] - score[:, second]) * sign               # (b, n) winner's minus loser's
+            loss = -F.logsigmoid(margin).mean(1).sum()
             loss.backward()
-            sums.add(len(part), loss=loss, accuracy=(margin > 0).sum())
+            sums.add(len(part), loss=loss, accuracy=(margin > 0).float().mean(1).sum())
         lr = cfg.rm_lr * cosine(step, cfg.rm_steps)
         means = update(optimizer, lr, sums, index, f"reward_model, step {step + 1}")
         log.write(step=step + 1, **means)
@@ -372,8 +376,8 @@ def reward_model(run):
         report = {"accuracy_on_held_out_rows": float(right.float().mean())}
         scale = scale if run.scored else 1.0
     else:
-        oracle_says = sampled["reward"][:, 2] > sampled["reward"][:, 3]            # pairs it did not train on
-        right = oracle_says == (score[:, 2] > score[:, 3])
+        oracle_says = sampled["reward"][:, R] > sampled["reward"][:, R + 1]        # pairs it did not train on
+        right = oracle_says == (score[:, R] > score[:, R + 1])
         both = torch.stack([score, sampled["reward"]])                                   # (2, P, K)
         centred = (both - both.mean(2, keepdim=True)).flatten(1)                         # (2, P K)
         report = {"accuracy_on_fresh_pairs": float(right.float().mean()),
@@ -388,8 +392,9 @@ def reward_model(run):
 
 @torch.no_grad()
 def held_out_pairs(run, scorer, sampled):
-    """The Bradley-Terry loss on pairs that no step sees, responses 3 and 4 of 1,000 prompts; nats."""
-    pairs = {name: column[:1000, 2:4] for name, column in sampled.items()}
+    """The Bradley-Terry loss on pairs that no step sees, two responses of 1,000 prompts; nats."""
+    R = run.cfg.rm_responses
+    pairs = {name: column[:1000, R:R + 2] for name, column in sampled.items()}
     winner = winners(run, pairs["reward"], "held out")                                   # (n,)
     score = score_all(run, scorer, pairs)                                                # (n, 2)
     margin = (score[:, 0] - score[:, 1]) * (1 - 2 * winner)                              # (n,)
@@ -429,10 +434,15 @@ def score_all(run, scorer, sampled):
     return torch.cat([score_responses(run, scorer, sampled, index, K).cpu() for index in chunks])
 
 
+def climbed(run):
+    """What gives the reward to the methods from rewards: the reward model, or the oracle.  -> its folder"""
+    return oracle(run) if run.cfg.reward == "oracle" else reward_model(run)
+
+
 def reward_function(run, folder):
-    """The reward model as a reward function (ids, mask) -> (N,), shifted and scaled as its report says."""
+    """A scorer as a reward function (ids, mask) -> (N,); a reward model's is shifted and scaled."""
     scorer = run.scorer(folder)
-    report = read_json(folder / "report.json")
+    report = {"shift": 0.0, "scale": 1.0} | read_json(folder / "report.json")
     return lambda ids, mask: (scorer(ids, mask) - report["shift"]) * report["scale"]
 
 

@@ -87,7 +87,7 @@ def drawn_from_sft(run, feedback, K):
         order = torch.stack([winner, 1 - winner], dim=1)                                 # (P, 2)
     else:
         order = torch.arange(K).expand(P, K)                                             # (P, K)
-        if not run.own:                                                                  # not the oracle's
+        if not run.own and run.cfg.reward == "model":                                    # not the oracle's
             sampled["reward"] = read_tensors(stages.reward_model(run) / "rewards.safetensors")[0]["reward"]
     row = torch.arange(P)[:, None]                                                       # (P, 1)
     drawn = {name: sampled[name][row, order] for name in CANDIDATES}
@@ -105,12 +105,12 @@ def drawn_from_policy(run, training):
     prompts = run.train_prompts()[:cfg.align_prompts or None]
     order = torch.randperm(len(prompts), generator=rng("rounds", training.seed))
     n = len(prompts) // training.rounds                              # prompts a round
-    reward_model = stages.reward_function(run, stages.reward_model(run))
+    reward = stages.reward_function(run, stages.climbed(run))
 
     def scores(ids, mask):                                           # (N, T), (N, T) -> (N,) each
         logp = sequence_logprob(training.policy, ids, mask, cfg.temperature)
         sft_logp = sequence_logprob(training.ref, ids, mask, cfg.temperature)
-        paid = reward_model(ids, mask) - beta * (logp - sft_logp)    # R
+        paid = reward(ids, mask) - beta * (logp - sft_logp)    # R
         # the loss's reference is pi_t, which drew these: the KL to pi_sft is in the reward already
         return {"ref_logp": logp, "reward": paid}
 
@@ -226,11 +226,11 @@ def fresh_pairs(run, training, answers, t):
 
 def train_ppo(run, training):
     """PPO on the reward model's reward, at beta = beta_r beta_pi: the objective of the other methods."""
-    cfg, seed, trained = run.cfg, training.seed, stages.reward_model(run)
+    cfg, seed, trained = run.cfg, training.seed, stages.climbed(run)
     reward = stages.reward_function(run, trained)
     critic = run.scorer(trained)
     # V in the reward's unit; the head has no bias, so the shift is left to the critic's first iterations
-    critic.score.weight.data *= read_json(trained / "report.json")["scale"]
+    critic.score.weight.data *= read_json(trained / "report.json").get("scale", 1.0)
     critic_optimizer = adamw(critic, cfg.ppo_critic_lr, eps=1e-5)
     prompts = run.train_prompts()
     critic_alone = min(cfg.ppo_warmup, cfg.ppo_steps - 1)
@@ -260,7 +260,7 @@ class Training:
         sft, oracle = stages.sft(run), stages.oracle(run)
         upstream = [sft, oracle, stages.responses(run)]
         if feedback == "reward":
-            upstream.append(stages.reward_model(run))
+            upstream.append(stages.climbed(run))
         self.finished = begin(self.folder, self.settings(), upstream, self.about())
         if self.finished:
             return
@@ -276,6 +276,8 @@ class Training:
     def settings(self):
         kind = self.method if self.method in ("ppo", "xpo") else "offline"
         own = {"method": self.method, "seed": self.seed, "rounds": self.rounds}
+        if self.feedback == "reward":
+            own["reward"] = self.run.cfg.reward
         return self.run.settings("align", kind) | own
 
     def about(self):
@@ -283,7 +285,8 @@ class Training:
         cfg = self.run.cfg
         steps = {"ppo": cfg.ppo_steps, "xpo": len(xpo_schedule(cfg))}.get(self.method, cfg.align_steps)
         prompts = cfg.align_prompts or cfg.prompts
-        return {"method": self.method, "steps": steps, "feedback": self.feedback, "K": self.K,
+        return {"method": self.method, "steps": steps, "feedback": self.feedback, "reward": cfg.reward,
+                "K": self.K,
                 "rounds": self.rounds, "prompts": prompts, "beta_pi": cfg.beta_pi,
                 "beta_r": cfg.beta_r, "alpha": cfg.alpha if self.method == "xpo" else 0.0,
                 "lr": cfg.ppo_lr if self.method == "ppo" else cfg.align_lr, "labels": cfg.labels,
@@ -354,6 +357,8 @@ def name_of(cfg, method, feedback, K, rounds, seed):
     usual = vars(Config()) | PRESETS[cfg.preset]
     online_dpo = method == "xpo" and cfg.alpha == 0
     name = f"{'online-dpo' if online_dpo else method}-{feedback}"
+    if feedback == "reward" and cfg.reward == "oracle":
+        name += "-oracle"
     if K:
         name += f"-k{K}"
     if rounds > 1:

@@ -362,6 +362,21 @@ def test_the_joined_ids_of_a_whole_text_are_those_of_the_text(tmp_path, real_dat
             assert row.prompt + response == encoding.encode_ordinary(text)
 
 
+def test_the_first_merges_are_a_tokenizer_by_themselves(real_data):
+    """They say what the whole one says, wherever it needs no later merge."""
+    whole, cut = data.gpt2_encoding(), data.gpt2_encoding(4096)
+    assert (cut.n_vocab, cut.eot_token) == (4097, 4096)
+    words = ["The", " film", " was", " good", " melodramatic", "\n\n", " naïve", " 10", "/", " 😀"]
+    early = 0
+    for word in words:
+        ids = cut.encode_ordinary(word)
+        assert cut.decode(ids) == word and max(ids) < 4096
+        if max(whole.encode_ordinary(word)) < 4096:
+            assert ids == whole.encode_ordinary(word)
+            early += 1
+    assert 3 <= early < len(words)
+
+
 def test_a_prompt_that_most_rows_repeat_is_cut_off_their_texts(tmp_path, capsys):
     hello = {"prompt": "Hi", "chosen": "Hi there!", "rejected": "Hi."}
     assert read(tmp_path, PAIR, hello)[1][1] == ["Hi there!", "Hi."]  # of half of the rows it is not

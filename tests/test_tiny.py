@@ -1,4 +1,5 @@
 """The tiny experiment with its default settings: what it reaches, and that nothing in it passes the limit."""
+import csv
 import math
 import os
 import subprocess
@@ -12,7 +13,7 @@ import torch
 
 import data
 from checkpoint import read_json, read_tensors
-from evaluate import gap_to_limit, read_csv
+from evaluate import gap_to_limit, limit_at, read_csv
 from model import ScalarGPT
 
 pytestmark = pytest.mark.slow
@@ -30,17 +31,19 @@ def command(folder, *arguments):
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """EXO from preferences, then EXO from rewards beside it.  -> the run's folder, peak memory, limit"""
+    """The README's first command, then EXO in rounds by a fifth of the steps.  -> folder, memory, limit"""
     folder = tmp_path_factory.mktemp("tiny") / "run"
-    peak = max(command(folder), command(folder, "--feedback", "reward"))
-    sampled, _ = read_tensors(next(folder.glob("limit-*/rewards.safetensors")))
+    peak = command(folder, "--method", "exo")
+    in_rounds = ["--feedback", "reward", "--rounds", "4", "--align-steps", "80", "--align-lr", "2e-4"]
+    command(folder, "--method", "exo", *in_rounds, "--align-prompts", "1024")
+    sampled, _ = read_tensors(next(folder.glob("limit-*-reward-model/rewards.safetensors")))
     return SimpleNamespace(folder=folder, peak=peak, limit=sampled["reward"].numpy())
 
 
-@pytest.fixture(params=["exo-preferences-s0", "exo-reward-k4-s0"])
-def aligned(tiny, request):
-    """Of each method: pi_sft's row of eval.csv, those of its 8 checkpoints, their samples by folder name."""
-    folder = tiny.folder / request.param
+@pytest.fixture
+def aligned(tiny):
+    """EXO from pairs: pi_sft's row of eval.csv, those of its 8 checkpoints, their samples by folder name."""
+    folder = tiny.folder / "exo-preferences-s0"
     start, *rows = read_csv(folder / "eval.csv")
     files = sorted(folder.glob("*/samples.safetensors"))
     samples = {file.parent.name: read_tensors(file)[0] for file in files}
@@ -80,6 +83,26 @@ def test_the_published_reward_is_met_within_its_spread(tiny, aligned):
     rewards = [row["reward"] / published_sd for row in published]
     spread = max(rewards) - min(rewards) + 4 * published[0]["reward_se"] / published_sd
     assert len(rewards) == 3 and abs(aligned.rows[-1]["reward"] / sd - np.mean(rewards)) <= spread
+
+
+def test_the_table_tells_the_gain_in_the_objective(tiny):
+    """J = E r - beta KL at beta = .5, in a share of pi*'s; from rewards also of the reward model's pi*."""
+    with open(tiny.folder / "table.csv", newline="") as file:
+        rows = {row["run"]: row for row in csv.DictReader(file)}
+    pairs, rounds = rows["exo-preferences-s0"], rows["exo-reward-k4-rounds4-prompts1024-s0"]
+    start = read_csv(tiny.folder / "exo-preferences-s0" / "eval.csv")[0]["reward"]
+    best, best_kl, _, _ = limit_at(tiny.limit, 0.5)
+    best_gain = (best - 0.5 * best_kl).mean() - tiny.limit.mean()
+    for row, least in ((pairs, 0.4), (rounds, 0.4)):
+        gain = float(row["reward"]) - 0.5 * float(row["kl"]) - start
+        assert least <= float(row["objective_share"]) <= 1
+        assert float(row["objective_share"]) == pytest.approx(gain / best_gain, abs=1e-3)
+        assert float(row["kl_ratio"]) > 1 and 0.2 < float(row["share_at_0.5"]) < 1
+    assert pairs["model_share"] == ""
+    assert float(rounds["model_share"]) > float(rounds["objective_share"])     # the model's pi* gains less
+    for folder in (row["run"] for row in (pairs, rounds)):
+        for row in read_csv(tiny.folder / folder / "eval.csv"):
+            assert 0 <= row["faulty"] < 0.1 and -1 < row["log_mean_ratio"] < 0.1
 
 
 def test_responses_stay_as_varied_and_end_as_often_as_those_of_pi_sft(aligned):

@@ -1,5 +1,6 @@
 """`python train.py` as a user meets it: from nothing to the frontier by one command, settings, errors."""
 import math
+import shutil
 from functools import partialmethod
 
 import pytest
@@ -13,7 +14,7 @@ from checkpoint import read_json, read_tensors
 from compute import batch_by_length, shuffled_batch
 from evaluate import read_csv
 from model import GPT, sequence_logprob
-from run import Run, alignments
+from run import Run, alignments, open_run
 from settings import Config, parse
 
 
@@ -72,6 +73,26 @@ def test_trials_are_evaluated_on_training_prompts_that_no_method_aligns_on(finis
     assert trial.train_prompts() == prompts[:32]
 
 
+def test_with_the_oracle_as_reward_there_is_no_reward_model(begun):
+    shutil.rmtree(begun / "reward_model")
+    assert small(begun, "--reward", "oracle", "--method", "ppo").code == 0
+    assert not (begun / "reward_model").exists() and (begun / "ppo-reward-oracle-s0" / "eval.csv").exists()
+    run = open_run(begun)
+    by_oracle = read_tensors(begun / "responses" / "responses.safetensors")[0]["reward"]
+    assert torch.equal(train.drawn_from_sft(run, "reward", 4)["reward"], by_oracle[:, :4])
+
+
+def test_a_reward_model_can_learn_from_all_pairs_of_more_responses(begun):
+    """Of 6 responses 15 pairs; the labels of the first pair stay as they are."""
+    for stage in ("reward_model", "limit-8x64-reward-model"):
+        shutil.rmtree(begun / stage)
+    flags = ["--rm-responses", "6", "--rm-steps", "40", "--rm-batch", "32", "--labels", "argmax"]
+    assert small(begun, *flags).code == 0
+    accuracy = [row["accuracy"] for row in read_csv(begun / "reward_model" / "metrics.csv")]
+    pairs = 15 * 32 * accuracy[-1]
+    assert accuracy[-1] > 0.6 and pairs == pytest.approx(round(pairs), abs=1e-2)
+
+
 @pytest.mark.slow
 def test_a_compiled_run_learns_what_an_eager_one_does(begun, smoke, monkeypatch):
     quick = partialmethod(torch.nn.Module.compile, backend="aot_eager")      # the default takes minutes
@@ -93,7 +114,8 @@ def test_presets_are_those_of_the_paper_and_flags_win():
     ("--feedback reward --num-candidates 2 8", ["exo-reward-k2-s1", "exo-reward-k8-s1"]),
     ("--method dpo --feedback reward --rounds 2 --beta-pi 0.25", ["dpo-reward-k4-rounds2-betapi0.25-s1"]),
     ("--method xpo --alpha 0.01", ["xpo-preferences-alpha0.01-s1"]),
-    ("--method xpo --alpha 0", ["online-dpo-preferences-s1"])])
+    ("--method xpo --alpha 0", ["online-dpo-preferences-s1"]),
+    ("--method exo --feedback reward --reward oracle", ["exo-reward-oracle-k4-s1"])])
 def test_alignments_are_named_by_what_the_command_asks_for_beside_the_usual(flags, names):
     cfg, _ = parse(["--preset", "tiny", *flags.split()])
     assert [train.name_of(cfg, *one, 1) for one in train.plan(cfg)] == names

@@ -379,17 +379,17 @@ def scored(run, score, ids, mask):
 
 def write_samples(run, folder, before, after, n=8):
     """samples.md: n prompts continued by pi_sft and by the aligned policy.  before, after: from `measure`"""
-    def response(samples, i):
-        ids = samples["ids"][i, 0][samples["mask"][i, 0]].tolist()              # (T,) -> the first response's
-        text = run.encoding.decode([t for t in ids if t != run.eos_id]).strip().replace("\n", " ")
-        return f"({float(samples['reward'][i, 0]):+.2f}): {text}"
+    def responses(samples):                             # the first to each prompt, with its reward
+        written = stages.texts(run, samples["ids"][:n, 0], samples["mask"][:n, 0])
+        rewards = samples["reward"][:n, 0].tolist()
+        return [f"({reward:+.2f}): {' '.join(text.split())}" for reward, text in zip(rewards, written)]
 
     judge = "the reward model’s" if run.own else "the oracle’s log-odds of a positive review"
     lines = [f"# {folder.name}: prompts continued by π_sft and by the aligned policy\n",
              f"In brackets the reward: {judge}.\n"]
-    for i, prompt in enumerate(stages.prompts_of(before["ids"][:n, 0], before["mask"][:n, 0])):
-        lines += [f"**{run.encoding.decode(prompt)}** …\n", f"- π_sft {response(before, i)}",
-                  f"- aligned {response(after, i)}\n"]
+    prompts = stages.prompts_of(before["ids"][:n, 0], before["mask"][:n, 0])
+    for prompt, ours, theirs in zip(prompts, responses(after), responses(before)):
+        lines += [f"**{run.encoding.decode(prompt)}** …\n", f"- π_sft {theirs}", f"- aligned {ours}\n"]
     with atomic(folder / "samples.md", "w") as file:
         file.write("\n".join(lines))
 

@@ -68,8 +68,7 @@ def sft(run):
         means = update(optimizer, lr, sums, index, f"sft, step {step + 1}")
         log.write(step=step + 1, **means)
         bar.set_postfix(loss=f"{means['loss']:.3f}", refresh=False)
-    nats = held_out_loss(run, gpt)
-    write_json(folder / "report.json", {"test_perplexity": float(np.exp(nats)), "test_nats_per_token": nats})
+    write_json(folder / "report.json", held_out_loss(run, gpt))
     finish(folder, **{"model.safetensors": gpt.save_pretrained(folder, run.eos_id)})
     return folder
 
@@ -91,14 +90,16 @@ def initial_gpt(run):
 
 @torch.no_grad()
 def held_out_loss(run, gpt):
-    """Nats a response token on up to 1,000 test reviews, at temperature 1."""
+    """The loss on the responses of up to 1,000 test reviews, at temperature 1, a token and a byte of text."""
     reviews = run.reviews["test"]
-    total = tokens = 0
+    total = tokens = size = 0
     for index in torch.arange(min(1000, len(reviews))).split(50):
         ids, mask = run.rows(reviews.pick(index.tolist()))
         total -= float(token_logprob(gpt, ids, mask).sum())
         tokens += int(mask.sum())
-    return total / tokens
+        size += sum(len(response.encode()) for response in texts(run, ids, mask))
+    return {"test_perplexity": math.exp(total / tokens), "test_nats_per_token": total / tokens,
+            "test_bits_per_byte": total / math.log(2) / size}
 
 
 def oracle(run):
@@ -251,15 +252,15 @@ def drift(run, policy, samples, start):
     h = logp - start["ref_logp"].flatten()                                               # (P S,)
     row = {"log_mean_ratio": float(h.logsumexp(0) - math.log(len(h)))}
     if run.cfg.data == "tiny":
-        sentences = [sentence for text in texts(run, samples) for sentence in data.read_tiny(text)]
+        responses = texts(run, samples["ids"].flatten(0, 1), samples["mask"].flatten(0, 1))
+        sentences = [sentence for text in responses for sentence in data.read_tiny(text)]
         row["faulty"] = sum(sentence is None for sentence in sentences) / max(1, len(sentences))
     return row
 
 
-def texts(run, sampled):
-    """The responses' texts, without their end-of-text.  {ids, mask: (P, S, T)} -> P S strings"""
-    ids = sampled["ids"].flatten(0, 1)                                                   # (P S, T)
-    kept = sampled["mask"].flatten(0, 1) & (ids != run.eos_id)                           # (P S, T)
+def texts(run, ids, mask):
+    """The responses' texts, without their end-of-text.  (N, T), (N, T) -> N strings"""
+    kept = mask & (ids != run.eos_id)                                                    # (N, T)
     return [run.encoding.decode(row[on].tolist()) for row, on in zip(ids, kept)]
 
 
@@ -407,7 +408,7 @@ def opinion_weights(run, sampled, centred):
     centred: (2, P K), both rewards less their prompt's mean.  In the grammar both weigh 1.
     """
     counts = []
-    for text in texts(run, sampled):
+    for text in texts(run, sampled["ids"].flatten(0, 1), sampled["mask"].flatten(0, 1)):
         sentences = [sentence for sentence in data.read_tiny(text) if sentence is not None]
         in_not = sum(opinions for opinions, turned in sentences if turned)
         counts.append([sum(opinions for opinions, _ in sentences) - in_not, in_not])

@@ -43,6 +43,12 @@ class Reviews:
         return Reviews([self.ids[i] for i in index], self.label[index], start[index])
 
 
+def segments(reviews, length):
+    """Every stretch of `length` tokens of the reviews, the last ones shorter, as reviews of their own."""
+    pieces = [ids[i:i + length] for ids in reviews.ids for i in range(0, len(ids), length)]
+    return Reviews(pieces, np.full(len(pieces), -1, np.int8), np.ones(len(pieces), int))
+
+
 def rows(reviews, prompt_tokens, block_size, eos_id):
     """N sequences of ids -> ids (N, T) int64, mask (N, T) bool.  A row is prompt, response, padding (eos_id).
 

@@ -380,7 +380,7 @@ def scored(run, score, ids, mask):
 def write_samples(run, folder, before, after, n=8):
     """samples.md: n prompts continued by pi_sft and by the aligned policy.  before, after: from `measure`"""
     def responses(samples):                             # the first to each prompt, with its reward
-        written = stages.texts(run, samples["ids"][:n, 0], samples["mask"][:n, 0])
+        written = stages.text_of(run, samples["ids"][:n, 0], samples["mask"][:n, 0])
         rewards = samples["reward"][:n, 0].tolist()
         return [f"({reward:+.2f}): {' '.join(text.split())}" for reward, text in zip(rewards, written)]
 

@@ -36,7 +36,7 @@ class Config:
     num_candidates: list[int] = opt([4], "K, responses a prompt in losses from rewards [paper: up to 8]")
     seeds: list[int] = opt([0], "alignment and evaluation are repeated for each")
     preset: str = opt("auto", "the experiment; auto: imdb with CUDA, else tiny", "",
-                      ["auto", "tiny", "imdb-small", "imdb", "imdb-large"])
+                      ["auto", "tiny", "imdb-mini", "imdb-small", "imdb", "imdb-large"])
     run: str = opt("", "the folder of this run's artifacts (default: runs/PRESET)")
     smoke: bool = opt(False, "all stages at a toy size, in seconds: does it run from end to end?")
     device: str = opt("auto", "where to compute", "", ["auto", "cpu", "cuda", "mps"])
@@ -65,6 +65,7 @@ class Config:
     temperature: float = opt(1.0, "divides all logits, in sampling, log-probs and KL [paper: 0.8]", SAMPLED)
     # sft
     sft_steps: int = opt(1200, "steps [paper: 5 epochs; ours from scratch]", "sft")
+    sft_segments: int = opt(0, "first steps, on stretches of whole reviews, not beginnings [ours]", "sft")
     sft_batch: int = opt(64, "reviews a step [official code: 128]", "sft")
     sft_lr: float = opt(2e-3, "peak learning rate [official code: 1e-5; ours from scratch]", "sft")
     # oracle
@@ -139,7 +140,15 @@ IMDB_SMALL = IMDB | dict(                                 # ours: a small model 
     prompts=12_800, rm_steps=400, rm_batch=64, rm_lr=1e-4,                                # 2 epochs
     align_steps=200, align_lr=3e-5, ppo_lr=3e-5, ppo_critic_lr=1e-4,
     limit_responses=4096, sample_batch=1024, micro_batch_size=256)
-PRESETS = {"tiny": {}, "imdb-small": IMDB_SMALL, "imdb": IMDB,
+IMDB_MINI = IMDB_SMALL | dict(                             # ours: real reviews on a CPU; beta as on tiny
+    vocab_size=4096, n_layer=4, n_head=4, n_embd=192, prompt_tokens=12, new_tokens=60, temperature=1.0,
+    sft_steps=14_000, sft_segments=9_000, sft_batch=32, sft_lr=2e-3,
+    oracle_steps=2000, oracle_batch=32, oracle_lr=5e-4,
+    prompts=9_600, labels="bt", rm_steps=1200, rm_batch=16, rm_responses=6, rm_lr=5e-4,
+    align_steps=300, align_batch=32, align_lr=5e-5, beta_pi=0.5, beta_r=1.0, alpha=0.0015,
+    ppo_steps=80, ppo_batch=64, ppo_lr=1e-4, ppo_critic_lr=5e-4, xpo_rounds=4, xpo_prompts=768,
+    checkpoints=8, eval_prompts=256, limit_prompts=64, limit_responses=2048, micro_batch_size=0)
+PRESETS = {"tiny": {}, "imdb-mini": IMDB_MINI, "imdb-small": IMDB_SMALL, "imdb": IMDB,
            "imdb-large": IMDB | dict(init="gpt2-large", sample_batch=128, micro_batch_size=16)}
 ALL_METHODS = dict(rounds=8)
 ALL_ON_TINY = dict(limit_prompts=64, limit_responses=4096)
@@ -231,7 +240,7 @@ def most_rounds(cfg):
 def impossible(cfg):
     """What is wrong with these values, in one sentence, or None."""
     zero = {"micro_batch_size", "alpha", "ppo_warmup", "warmup", "pipeline", "align_prompts",
-            "vocab_size"}
+            "vocab_size", "sft_segments"}
     if cfg.own:
         zero |= {name for name, value in OWN_DATA.items() if value == 0}
     for setting in fields(cfg):

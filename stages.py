@@ -47,14 +47,18 @@ def sft(run):
     folder = run.folder / "sft"
     if begin(folder, run.settings("sft") | {"reviews": run.source}):
         return folder
-    reviews = run.reviews["train"].pick(range(cfg.sft_reviews))
-    length = lengths(run, reviews)
+    texts = {"sft": run.reviews["train"].pick(range(cfg.sft_reviews))}
+    if cfg.sft_segments:                                  # more text than the beginnings, which come last
+        texts["sft segments"] = data.segments(texts["sft"], run.block_size)
+    length = {name: lengths(run, reviews) for name, reviews in texts.items()}
     gpt = run.placed(initial_gpt(run))
     optimizer = adamw(gpt, cfg.sft_lr)
     log = Log(folder / "metrics.csv")
     state = {"model": gpt, "optimizer": optimizer, "log": log}
     for step, bar in resumable(folder, state, cfg.sft_steps, cfg.save_every, "sft"):
-        index = batch_by_length(step, cfg.sft_batch, length, *run.names("sft"))
+        name = "sft segments" if step < cfg.sft_segments else "sft"
+        reviews = texts[name]
+        index = batch_by_length(step, cfg.sft_batch, length[name], *run.names(name))
         sums = Sums()
         for part in micro_batches(index, run.at_once()):
             ids, mask = run.rows(reviews.pick(part.tolist()))                            # (b, T), (b, T)
@@ -97,7 +101,7 @@ def held_out_loss(run, gpt):
         ids, mask = run.rows(reviews.pick(index.tolist()))
         total -= float(token_logprob(gpt, ids, mask).sum())
         tokens += int(mask.sum())
-        size += sum(len(response.encode()) for response in texts(run, ids, mask))
+        size += sum(len(response.encode()) for response in text_of(run, ids, mask))
     return {"test_perplexity": math.exp(total / tokens), "test_nats_per_token": total / tokens,
             "test_bits_per_byte": total / math.log(2) / size}
 
@@ -252,13 +256,13 @@ def drift(run, policy, samples, start):
     h = logp - start["ref_logp"].flatten()                                               # (P S,)
     row = {"log_mean_ratio": float(h.logsumexp(0) - math.log(len(h)))}
     if run.cfg.data == "tiny":
-        responses = texts(run, samples["ids"].flatten(0, 1), samples["mask"].flatten(0, 1))
+        responses = text_of(run, samples["ids"].flatten(0, 1), samples["mask"].flatten(0, 1))
         sentences = [sentence for text in responses for sentence in data.read_tiny(text)]
         row["faulty"] = sum(sentence is None for sentence in sentences) / max(1, len(sentences))
     return row
 
 
-def texts(run, ids, mask):
+def text_of(run, ids, mask):
     """The responses' texts, without their end-of-text.  (N, T), (N, T) -> N strings"""
     kept = mask & (ids != run.eos_id)                                                    # (N, T)
     return [run.encoding.decode(row[on].tolist()) for row, on in zip(ids, kept)]
@@ -408,7 +412,7 @@ def opinion_weights(run, sampled, centred):
     centred: (2, P K), both rewards less their prompt's mean.  In the grammar both weigh 1.
     """
     counts = []
-    for text in texts(run, sampled["ids"].flatten(0, 1), sampled["mask"].flatten(0, 1)):
+    for text in text_of(run, sampled["ids"].flatten(0, 1), sampled["mask"].flatten(0, 1)):
         sentences = [sentence for sentence in data.read_tiny(text) if sentence is not None]
         in_not = sum(opinions for opinions, turned in sentences if turned)
         counts.append([sum(opinions for opinions, _ in sentences) - in_not, in_not])

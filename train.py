@@ -412,7 +412,8 @@ def introduce(cfg, why, device, bf16):
     if compute.world() > 1:
         where += f" · {compute.world()} processes"
     products = "bfloat16 products, float32 weights" if bf16 else f"float32, {cfg.matmul} precision"
-    print(f"preset {cfg.preset} ({why}; --preset tiny, imdb-small, imdb or imdb-large to choose) · "
+    presets = ", ".join(PRESETS)
+    print(f"preset {cfg.preset} ({why}; --preset {presets} to choose) · "
           f"{device.type} {where} · {products} · torch {torch.__version__} · {cfg.run}")
 
 

@@ -156,6 +156,15 @@ def test_real_imdb_has_25k_train_25k_test_and_50k_unlabelled_reviews(real_data, 
     assert min(len(ids) for ids in loaded["train"].ids) > 0
 
 
+def test_segments_are_the_reviews_whole_each_token_once():
+    reviews = data.Reviews([np.arange(7), np.arange(3)], np.array([1, 0], np.int8))
+    pieces = data.segments(reviews, 3)
+    assert [piece.tolist() for piece in pieces.ids] == [[0, 1, 2], [3, 4, 5], [6], [0, 1, 2]]
+    ids, mask = data.rows(pieces.ids, pieces.start, 3, eos_id=9)
+    assert ids.tolist() == [[0, 1, 2], [3, 4, 5], [6, 9, 9], [0, 1, 2]]      # an end only where one is
+    assert mask.tolist()[2] == [False, True, False]
+
+
 # ---- the tiny grammar, and the tokenizers ------------------------------------------------------------------
 
 @pytest.fixture(scope="module")

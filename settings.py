@@ -95,7 +95,7 @@ class Config:
     eps: float = opt(1e-3, "label smoothing of EXO's pairs [paper]", "offline")
     ppo_steps: int = opt(80, "PPO's iterations [ours]", "ppo")
     ppo_batch: int = opt(64, "prompts an iteration, a fresh response each [paper: tuned, not given]", "ppo")
-    ppo_lr: float = opt(2e-4, "PPO's peak learning rate [paper: tuned, not given]", "ppo")
+    ppo_lr: float = opt(4e-4, "PPO's peak learning rate [paper: tuned, not given]", "ppo")
     ppo_critic_lr: float = opt(1e-3, "the critic's [paper: tuned, not given]", "ppo")
     ppo_epochs: int = opt(4, "passes over an iteration's responses [ppo.py, detail 6]", "ppo")
     ppo_minibatches: int = opt(2, "updates a pass [ppo.py, detail 6]", "ppo")

@@ -110,7 +110,7 @@ def test_presets_are_those_of_the_paper_and_flags_win():
 
 
 @pytest.mark.parametrize("flags, names", [
-    ("", ["exo-preferences-s1"]), ("--method ppo --eval-split train", ["ppo-reward-lr0.0002-s1"]),
+    ("", ["exo-preferences-s1"]), ("--method ppo --eval-split train", ["ppo-reward-lr0.0004-s1"]),
     ("--feedback reward --num-candidates 2 8", ["exo-reward-k2-s1", "exo-reward-k8-s1"]),
     ("--method dpo --feedback reward --rounds 2 --beta-pi 0.25", ["dpo-reward-k4-rounds2-betapi0.25-s1"]),
     ("--method xpo --alpha 0.01", ["xpo-preferences-alpha0.01-s1"]),

@@ -17,6 +17,7 @@ import pickle
 import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -215,14 +216,22 @@ class Stopped(BaseException):
     """Ctrl-C or SIGTERM came, and what was under way has been saved."""
 
 
-def resumable(folder, state, steps, every, title):
-    """Yields (step, progress bar) for the steps still to do; saves every `every` steps and after the last.
+SHARE = 0.01                                              # of a loop's time that its saves may take
+BYTES_PER_SECOND = 2.5e8                                  # of a save, sha256 and fsync, until one was timed
 
+
+def resumable(folder, state, steps, every, title):
+    """Yields (step, progress bar) for the steps still to do; saves now and then, and after the last.
+
+    every: steps between saves; 0: whenever all saves so far and one more take at most SHARE of the time, by
+    the clock of process 0.  The one after the last step comes on top.
     state: {name: object with state_dict() and load_state_dict()}.  The two newest saves are kept: a torn or
     corrupt newest one is named, and the loop goes on from the one before.  On Ctrl-C or SIGTERM: finishes the
     step, saves, raises Stopped.
     """
     first = restore(folder, state)
+    began = time.perf_counter()
+    spent = cost = 0.0                                    # seconds of the saves so far, and of the next one
     quiet = {"disable": True} if rank() > 0 else {}       # else $TQDM_DISABLE decides
     with tqdm(desc=title, total=steps, initial=first, dynamic_ncols=True, **quiet) as bar:
         inside.append(title)
@@ -231,12 +240,30 @@ def resumable(folder, state, steps, every, title):
                 yield step, bar
                 bar.update()
                 signalled = agreed(pending[0] if pending else 0)
-                if (step + 1) % every == 0 or step + 1 == steps or signalled:
+                if every:
+                    due = (step + 1) % every == 0
+                else:
+                    cost = cost or size([part.state_dict() for part in state.values()]) / BYTES_PER_SECOND
+                    within = spent + cost <= SHARE * (time.perf_counter() - began)
+                    due = agreed(int(within and rank() == 0))
+                if due or step + 1 == steps or signalled:
+                    start = time.perf_counter()
                     save(folder, step + 1, state)
+                    cost = time.perf_counter() - start
+                    spent += cost
                 if signalled:
                     raise Stopped(signalled)
         finally:
             inside.pop()
+
+
+def size(value):
+    """The bytes of all tensors in nested dicts and lists."""
+    if isinstance(value, torch.Tensor):
+        return value.nbytes
+    if isinstance(value, dict):
+        value = list(value.values())
+    return sum(map(size, value)) if isinstance(value, list) else 0
 
 
 @on_first

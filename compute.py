@@ -35,12 +35,25 @@ def pick_device(name):
     return torch.device(name)
 
 
-def arithmetic(device, matmul):
-    """Sets how float32 matrices are multiplied.  -> whether other products are in bfloat16 (natively)"""
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+def arithmetic(device, matmul, bf16=None):
+    """Sets how float32 matrices are multiplied.  -> whether other products are in bfloat16
+
+    bf16: as a run was made, or None: where the device has it natively.
+    """
+    if bf16 is None:
+        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     precision = "high" if bf16 else matmul                # beside bfloat16 only the heads' are left: TF32
     torch.set_float32_matmul_precision(precision)
+    torch.backends.cuda.enable_cudnn_sdp(False)           # it plans 20 to 40 ms for every new shape
     return bf16
+
+
+def move(device, *tensors):
+    """Copies tensors to the device, on CUDA without waiting for the work under way there.  -> a list"""
+    if device.type != "cuda":
+        return [tensor.to(device) for tensor in tensors]
+    pinned = [tensor if tensor.is_cuda else tensor.pin_memory() for tensor in tensors]
+    return [tensor.to(device, non_blocking=True) for tensor in pinned]
 
 
 def out_of_memory(error):
@@ -219,8 +232,8 @@ class Sums:
     def add(self, count, **sums):
         """count: how many examples or tokens the mean is over; sums: scalar tensors, among them the loss."""
         self.names = list(sums)
-        values = [value.detach().float() for value in sums.values()]
-        count = sums["loss"].new_tensor(count)
+        values = move(sums["loss"].device, *[value.detach().float() for value in sums.values()])
+        count = values[0].new_full((), count)
         self.total = self.total + torch.stack([count, *values])       # (1 + number of sums,)
 
 

@@ -46,7 +46,8 @@ def exo_pref_loss(logp, ref_logp, beta_pi=0.1, eps=1e-3):
     """
     check_inputs(logp, ref_logp, pairs=True, eps=eps, beta_pi=beta_pi)
     log_p_f = F.log_softmax(beta_pi * (logp - ref_logp), dim=-1)     # (B, 2)  Eq 13
-    log_p_r = logp.new_tensor([math.log1p(-eps), math.log(eps)])     # (2,)    the target of Eq 18
+    log_p_r = logp.new_full((2,), math.log(eps))
+    log_p_r[0] = math.log1p(-eps)                                    # (2,)    the target of Eq 18
     return (log_p_f.exp() * (log_p_f - log_p_r)).sum(-1).mean()      # (B, 2) -> (B,) -> scalar  Eq 18
 
 

@@ -15,7 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from checkpoint import read_json, read_tensors, write_json, write_tensors
-from compute import UserError, gather, own_rows, world
+from compute import UserError, gather, move, own_rows, world
 
 CHUNK, CUDA_CHUNK = 2 ** 23, 2 ** 27                # logits alive at once: 32 MiB, 512 MiB on a GPU
 
@@ -168,12 +168,16 @@ def token_logprob(model, ids, mask, temperature=1.0):
     """log pi(ids[:, t] | ids[:, :t]) on the mask, 0 off it.  (N, T), (N, T) -> (N, T) float32
 
     pi = softmax(logits / temperature).  The head sees response tokens only, a chunk of rows at a time.
+    ids and mask may lie on the CPU: then nothing here waits for the device.
     """
     if mask.dtype != torch.bool or mask[:, 0].any():
         raise ValueError("mask must be boolean, and False on the first token: nothing comes before it")
-    hidden = model.hidden(ids[:, :-1])[mask[:, 1:]].float()                 # (N, T-1, C) -> (M, C)
-    logp = HeadLogprob.apply(hidden / temperature, model.wte.weight, ids[mask], rows_at_once(model))  # (M,)
-    return torch.zeros(mask.shape, device=ids.device).masked_scatter(mask, logp)            # (M,) -> (N, T)
+    device = model.wte.weight.device
+    row, before = mask[:, 1:].nonzero(as_tuple=True)                        # (M,), (M,) of the token before
+    ids, mask, target, row, before = move(device, ids, mask, ids[mask], row, before)        # target: (M,)
+    hidden = model.hidden(ids[:, :-1])[row, before].float()                 # (N, T-1, C) -> (M, C)
+    logp = HeadLogprob.apply(hidden / temperature, model.wte.weight, target, rows_at_once(model))     # (M,)
+    return torch.zeros(mask.shape, device=device).masked_scatter(mask, logp)                # (M,) -> (N, T)
 
 
 class HeadLogprob(torch.autograd.Function):

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 import data
-from checkpoint import read_json
+from checkpoint import finished, read_json
 from compute import UserError, arithmetic, pick_device, rng
 from evaluate import read_csv
 from model import GPT, ScalarGPT
@@ -173,7 +173,10 @@ def open_run(folder):
         raise UserError(f"{folder} is not a run folder: name one that train.py has made")
     cfg = Config(**config | {"run": str(folder)})
     device = pick_device("cuda" if torch.cuda.is_available() and cfg.device in ("auto", "cuda") else "cpu")
-    return Run(cfg, device, arithmetic(device, cfg.matmul))
+    bf16 = None                                           # or as it was trained, also on another device
+    if finished(folder / "sft"):
+        bf16 = read_json(folder / "sft" / "stage.json")["settings"]["precision"] == "bf16"
+    return Run(cfg, device, arithmetic(device, cfg.matmul, bf16))
 
 
 @dataclass

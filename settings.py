@@ -45,7 +45,8 @@ class Config:
     micro_batch_size: int = opt(0, "rows at once in training, 0: whole batches; memory, not results [ours]")
     sample_batch: int = opt(1024, "rows sampled at once [ours]", "responses limit")
     pipeline: int = opt(0, "repeats the stages before alignment with other random numbers [ours]", "sft")
-    save_every: int = opt(100, "steps between the saves that an interrupted stage goes on from [ours]")
+    save_every: int = opt(0, "steps between the saves that an interrupted stage goes on from; 0: as many as "
+                             "take 1% of its time [ours]")
     # reviews
     data: str = opt("tiny", "tiny: a built-in grammar; imdb; or your preferences, a .jsonl file", "sft")
     eval_data: str = opt("", "your held-out preferences; default: some of --data", "sft")
@@ -159,7 +160,7 @@ SMOKE = dict(
     init="", n_layer=2, n_head=2, n_embd=32, sft_reviews=2_000, test_reviews=500, sft_steps=30, sft_batch=16,
     oracle_steps=30, oracle_batch=16, prompts=64, rm_steps=10, rm_batch=16, align_steps=10, align_batch=8,
     checkpoints=2, ppo_steps=4, ppo_batch=8, ppo_warmup=1, xpo_rounds=2, xpo_prompts=16,
-    eval_prompts=16, limit_prompts=8, limit_responses=128, sample_batch=256, save_every=5)
+    eval_prompts=16, limit_prompts=8, limit_responses=128, sample_batch=256)
 
 
 class Parser(argparse.ArgumentParser):
@@ -239,8 +240,8 @@ def most_rounds(cfg):
 
 def impossible(cfg):
     """What is wrong with these values, in one sentence, or None."""
-    zero = {"micro_batch_size", "alpha", "ppo_warmup", "warmup", "pipeline", "align_prompts",
-            "vocab_size", "sft_segments"}
+    zero = {"micro_batch_size", "save_every", "alpha", "ppo_warmup", "warmup", "pipeline",
+            "align_prompts", "vocab_size", "sft_segments"}
     if cfg.own:
         zero |= {name for name, value in OWN_DATA.items() if value == 0}
     for setting in fields(cfg):

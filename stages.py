@@ -67,7 +67,7 @@ def sft(run):
             tokens = int(mask.sum())
             prompt_tokens = int(reviews.start[part.numpy()].sum())
             padding = ids.numel() - tokens - prompt_tokens                      # positions that teach nothing
-            sums.add(tokens, loss=loss, padding=loss.new_tensor(padding))
+            sums.add(tokens, loss=loss, padding=torch.tensor(padding))
         lr = cfg.sft_lr * cosine(step, cfg.sft_steps)
         means = update(optimizer, lr, sums, index, f"sft, step {step + 1}")
         log.write(step=step + 1, **means)
@@ -179,7 +179,7 @@ def sample_responses(run, folder, prompts, each, rewards_only=False, model_rewar
             return {"reward": reward(ids, mask)}                                         # (n,)
         return {"reward": reward(ids, mask), "ref_logp": sequence_logprob(policy, ids, mask, cfg.temperature)}
 
-    for step, _ in resumable(folder, {"rows": rows}, len(chunks), max(1, len(chunks) // 8), folder.name):
+    for step, _ in resumable(folder, {"rows": rows}, len(chunks), cfg.save_every, folder.name):
         generator = rng(*run.names(folder.name.removesuffix("-reward-model"), step))
         new = respond(policy, chunks[step], cfg.new_tokens, cfg.temperature, run.eos_id, generator,
                       cfg.sample_batch, scores, run.block_size)
@@ -358,7 +358,7 @@ def reward_model(run):
     for step, bar in resumable(folder, state, cfg.rm_steps, cfg.save_every, "reward_model"):
         index = batch_by_length(step, cfg.rm_batch, length, *run.names("reward_model"))
         sums = Sums()
-        for part in micro_batches(index, run.at_once()):
+        for part in micro_batches(index, run.at_once(R)):
             score = score_responses(run, scorer, sampled, part, R)                       # (b, R)
             sign = 1 - 2 * winner[part].to(run.device)                             # (b, n) -1: the second won
             margin = (score[:, first] - score[:, second]) * sign               # (b, n) winner's minus loser's

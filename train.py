@@ -17,7 +17,7 @@ import ppo
 import stages
 import xpo
 from checkpoint import Log, Rows, Stopped, begin, finish, read_json, read_tensors, resumable, write_tensors
-from compute import Sums, UserError, adamw, cosine, micro_batches, rank, rng, shuffled_batch, update
+from compute import Sums, UserError, adamw, cosine, micro_batches, move, rank, rng, shuffled_batch, update
 from dpo import dpo_loss, dpo_reward_loss
 from evaluate import mean_se, summary
 from exo import exo_loss, exo_pref_loss
@@ -51,8 +51,9 @@ def train_exo_dpo(run, training):
         index = shuffled_batch(i, cfg.align_batch, len(data), *key)
         sums = Sums()
         for part in micro_batches(index, run.at_once(training.K or 2)):
-            ids, mask, ref_logp, reward = (data.columns[name][part].to(run.device) for name in CANDIDATES)
+            ids, mask, ref_logp, reward = (data.columns[name][part] for name in CANDIDATES)
             ids, mask = trim(ids.flatten(0, 1).long(), mask.flatten(0, 1))             # (b, K, T) -> (b K, t)
+            ref_logp, reward = move(run.device, ref_logp, reward)
             logp = sequence_logprob(policy, ids, mask, cfg.temperature)                  # (b K,)
             logp = logp.view(len(part), -1)                                              # (b K,) -> (b, K)
             if training.feedback == "preferences" and method == "exo":
@@ -151,9 +152,8 @@ def check_start(run, policy, data):
 
 def compare(implicit_reward, best, worst):
     """What beta_pi h, (b, K), says of the preferred response and of the other.  -> sums over the batch"""
-    row = torch.arange(len(implicit_reward))
-    chosen = implicit_reward[row, best]                                                  # (b,)
-    rejected = implicit_reward[row, worst]                                               # (b,)
+    chosen = implicit_reward.gather(1, best[:, None])                                    # (b, 1)
+    rejected = implicit_reward.gather(1, worst[:, None])                                 # (b, 1)
     return {"rewards_chosen": chosen.sum(), "rewards_rejected": rejected.sum(),
             "rewards_margin": (chosen - rejected).sum(), "rewards_accuracy": (chosen > rejected).sum()}
 
@@ -186,7 +186,8 @@ def train_xpo(run, training):
             loss = xpo.xpo_loss(logp, ref_logp, explore_logp, cfg.beta_pi, cfg.alpha)
             (loss * len(part)).backward()
             h = (logp - ref_logp).detach()                                               # (b, 2)
-            margins = compare(cfg.beta_pi * h, torch.zeros_like(part), torch.ones_like(part))
+            winner = torch.zeros_like(pairs["explore"])                                  # (b,) its column
+            margins = compare(cfg.beta_pi * h, winner, winner + 1)
             sums.add(len(part), loss=loss * len(part), **margins, tokens=mask.sum(),
                      explore_logp=explore_logp.sum(), explore_log_ratio=h.gather(1, explore).sum())
         lr = cfg.align_lr * cosine(step, len(schedule), cfg.warmup)

@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -166,12 +167,12 @@ def loop(folder, every=2, inside=lambda step: None):
     return rows.columns | module.state_dict(), (folder / "metrics.csv").read_text()
 
 
-def crash(folder, last):
+def crash(folder, last, every=2):
     def inside(step):
         if step == last:
             raise Crash
     with pytest.raises(Crash):
-        loop(folder, inside=inside)
+        loop(folder, every, inside)
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +195,42 @@ def test_a_loop_that_broke_off_goes_on_from_its_last_save_bit_for_bit(tmp_path, 
     for step in crashes:
         crash(tmp_path, step)
     goes_on(tmp_path, undisturbed, steps)
+
+
+@pytest.mark.parametrize("parameters", [0.13e6, 45e6, 124e6, 774e6])             # of each preset's model
+def test_saves_take_a_hundredth_of_the_time_and_a_kill_costs_a_hundred_saves_at_most(
+        tmp_path, monkeypatch, parameters):
+    """Four hours of steps of a second, by a clock that saving moves too: weights and Adam's two moments."""
+    weights = torch.nn.Linear(int(3 * parameters), 1, bias=False, device="meta")
+    one_save = 12 * parameters / checkpoint.BYTES_PER_SECOND
+    clock = SimpleNamespace(now=0.0)
+    ends = [0.0]                                                     # of the saves
+
+    def save(folder, step, state):
+        clock.now += one_save
+        ends.append(clock.now)
+    monkeypatch.setattr(checkpoint, "save", save)
+    monkeypatch.setattr(checkpoint, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    for _ in resumable(tmp_path, {"weights": weights}, 4 * 3600, 0, "loop"):
+        clock.now += 1
+    for number, end in enumerate(ends[:-1]):                         # the one at the end comes on top
+        assert number * one_save <= 0.011 * end
+    assert max(after - before for before, after in zip(ends, ends[1:])) <= 101 * one_save + 2
+
+
+def test_a_loop_that_saves_by_time_goes_on_bit_for_bit_too(tmp_path, undisturbed, monkeypatch):
+    monkeypatch.setattr(checkpoint, "SHARE", 1e9)                    # after every step
+    crash(tmp_path, 3, every=0)
+    goes_on(tmp_path, undisturbed, ALL[3:])
+
+
+def test_rows_are_joined_when_they_are_read_and_not_at_every_chunk():
+    chunks = [torch.arange(5) + 5 * n for n in range(100)]
+    rows = Rows()
+    for chunk in chunks:
+        rows.append(x=chunk)
+    assert len(rows) == 500 and all(ours["x"] is chunk for ours, chunk in zip(rows.chunks, chunks))
+    assert torch.equal(rows.columns["x"], torch.arange(500)) and len(rows.chunks) == 1
 
 
 def test_a_log_has_the_columns_of_its_first_row_and_six_digits(tmp_path):

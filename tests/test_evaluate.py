@@ -11,6 +11,7 @@ import torch
 import data
 import evaluate
 import figures
+from compute import rng
 from evaluate import beta_at, density_ratio, gap_to_limit, limit_at, limit_curve, win_rate
 from run import Aligned
 
@@ -319,6 +320,15 @@ def test_a_row_holds_the_plain_means():
     assert row["within_prompt_sd"] == pytest.approx(math.sqrt(2))         # of both prompts
     names = "reward reward_se accuracy kl kl_se kl_k1 within_prompt_sd length ended distinct2"
     assert list(row) == names.split()
+
+
+def test_distinct_pairs_are_counted_once_whoever_wrote_them():
+    ids = torch.randint(50257, (4, 3, 200), generator=rng("distinct")) % 300
+    mask = torch.rand(ids.shape, generator=rng("mask")) < 0.9
+    pairs = []
+    for row, on in zip(ids.flatten(0, 1).tolist(), mask.flatten(0, 1).tolist()):
+        pairs += [row[t:t + 2] for t in range(199) if on[t] and on[t + 1]]
+    assert evaluate.distinct2(ids, mask) == len({tuple(pair) for pair in pairs}) / len(pairs) < 1
 
 
 # ---- figures -----------------------------------------------------------------------------------------------

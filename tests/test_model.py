@@ -1,9 +1,11 @@
 """Statements about the GPT-2 of model.py: the same as transformers', log-probs, exact sampling, files."""
 import json
+import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import model
@@ -232,6 +234,33 @@ def test_a_batch_samples_each_row_as_that_row_alone(gpt, monkeypatch, prompts, e
         assert ids[n].tolist() == row + [eos_id or 0] * (T - len(row))
         assert mask[n].nonzero().flatten().tolist() == list(range(len(prompts[n]), len(row)))
     assert left or eos_id is None                   # finished rows were dropped
+
+
+class Before(TorchDispatchMode):
+    """Calls look(name) before every tensor operation."""
+
+    def __init__(self, look):
+        super().__init__()
+        self.look = look
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.look(func.overloadpacket.__name__)
+        return func(*args, **kwargs or {})
+
+
+@torch.no_grad()
+def test_a_token_builds_one_mask_for_all_layers_and_dropped_rows_make_room_layer_by_layer(gpt):
+    cache = model.Cache([2, 3, 1], 9, "cpu")
+    gpt.hidden(random_ids(3, 3), cache)
+    names = []
+    with Before(names.append):
+        gpt.hidden(random_ids(3, 1), cache)
+    assert names.count("le") == 1 and len(cache.kv) == 2
+    old = [weakref.ref(kv) for kv in cache.kv]
+    alive = []                                                       # of the old ones, at every copy of rows
+    with Before(lambda name: name == "index" and alive.append(sum(kv() is not None for kv in old))):
+        cache.keep(torch.tensor([0, 2]))
+    assert alive[-2:] == [2, 1]
 
 
 def test_responses_are_sampled_as_often_as_their_log_prob_says(gpt):

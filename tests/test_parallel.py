@@ -1,15 +1,18 @@
 """Several processes do the work of one: the same gradients, responses and files, up to rounding."""
+import itertools
 import os
 import signal
 import socket
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
 from conftest import ALIGNED, ALL_METHODS, at, small
 
+import checkpoint
 import compute
-from checkpoint import begin, read_tensors, saves
+from checkpoint import Rows, begin, read_tensors, saves
 from compute import Sums, UserError, micro_batches, rng, update
 from exo import exo_loss
 from model import GPT, GPTConfig, respond, sequence_logprob
@@ -63,17 +66,28 @@ def first_tokens():
     return answers["first"].tolist()
 
 
+def saved_by_time(folder):
+    """Saves of a loop, by a clock that shows 10 seconds more at each look in process 0, and stands in 1."""
+    clock = itertools.count(0, 10 if compute.rank() == 0 else 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+        for _ in checkpoint.resumable(folder / "loop", {"rows": Rows()}, 6, 0, "loop"):
+            pass
+    return [path.name for path in saves(folder / "loop")]
+
+
 def parts(folder):
     compute.start(torch.device("cpu"))
     with pytest.raises(UserError, match="nowhere"):
         begin(folder, {}, upstream=[folder / "nowhere"])             # process 0 alone looks there
-    return ten_steps(), first_tokens()
+    return ten_steps(), first_tokens(), saved_by_time(folder)
 
 
 def test_two_processes_take_the_steps_of_one_and_hold_the_same_bits(tmp_path):
     weights, means = ten_steps()
     processes = in_two_processes(parts, tmp_path)
-    for (other_weights, other_means), first in processes:
+    for (other_weights, other_means), first, saved in processes:
+        assert saved == ["resume-00000001.pt", "resume-00000006.pt"]
         torch.testing.assert_close(other_weights, weights, atol=1e-5, rtol=0)
         torch.testing.assert_close(other_means, means, atol=0, rtol=1e-4)
         assert first == [1, 3, 4, 2, 1]                              # in the order of the prompts

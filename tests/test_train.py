@@ -10,7 +10,7 @@ from conftest import ALIGNED, small
 import data
 import stages
 import train
-from checkpoint import read_json, read_tensors
+from checkpoint import read_json, read_tensors, write_json
 from compute import batch_by_length, shuffled_batch
 from evaluate import read_csv
 from model import GPT, sequence_logprob
@@ -93,6 +93,16 @@ def test_a_reward_model_can_learn_from_all_pairs_of_more_responses(begun):
     assert accuracy[-1] > 0.6 and pairs == pytest.approx(round(pairs), abs=1e-2)
 
 
+def test_a_run_is_opened_in_the_arithmetic_that_it_was_trained_in(finished):
+    stage = read_json(finished / "sft" / "stage.json")
+    assert stage["settings"]["precision"] == "float32 highest"
+    for precision, bf16 in (("bf16", True), ("float32 highest", False)):
+        stage["settings"]["precision"] = precision
+        write_json(finished / "sft" / "stage.json", stage)
+        assert open_run(finished).bf16 is bf16
+    assert not torch.backends.cuda.cudnn_sdp_enabled()               # it plans anew for every shape
+
+
 @pytest.mark.slow
 def test_a_compiled_run_learns_what_an_eager_one_does(begun, smoke, monkeypatch):
     quick = partialmethod(torch.nn.Module.compile, backend="aot_eager")      # the default takes minutes
@@ -164,6 +174,18 @@ def test_batches_go_through_shuffled_epochs():
             assert epoch.bincount().tolist() == 24 * [1]
         assert not torch.equal(batches[:8], batches[8:])
     assert (length[by_length].diff() >= 0).all()
+
+
+def test_no_training_step_holds_more_rows_than_the_flag_says(tmp_path, monkeypatch):
+    rows = []
+    hidden = GPT.hidden
+
+    def recorded(gpt, ids, cache=None):
+        rows.append(len(ids) if torch.is_grad_enabled() else 0)
+        return hidden(gpt, ids, cache)
+    monkeypatch.setattr(GPT, "hidden", recorded)
+    assert small(tmp_path / "run", "--method", "ppo", "--micro-batch-size", 6).code == 0
+    assert max(rows) == 6
 
 
 def test_a_lack_of_memory_names_the_flag_which_changes_nothing_but_rounding(begun, smoke, monkeypatch):

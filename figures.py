@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 import evaluate
 import stages
-from checkpoint import atomic, finished, read_tensors
+from checkpoint import atomic, finished, read_json, read_tensors
 from compute import UserError, rank, rng
 from model import respond, sequence_logprob
 from run import alignments, open_run
@@ -312,6 +312,8 @@ def table(run, aligned, limit, curve):
 
     before = read_tensors(run.folder / "reference" / "samples.safetensors")[0]
     sft, data = rewards(before), rewards(before, "data_")                       # (P, S) and (P,) each
+    written_ended = ((before["data_ids"] == run.eos_id) & before["data_mask"]).any(1).float().mean()
+    reach = curve["kl"][curve["supported"]].max(initial=0)
     n = len(limit["reward"])
     rows = []
     for one in aligned:
@@ -330,9 +332,30 @@ def table(run, aligned, limit, curve):
         for name, ours in rewards(samples).items():     # (P, S)
             row[f"wins_sft_{name}"] = evaluate.win_rate(ours, sft[name])
             row[f"wins_data_{name}"] = evaluate.win_rate(ours, data[name][:, None])
+        row["warnings"] = "; ".join(warnings(run, row, one.rows[0], float(written_ended), reach))
         rows.append(row)
     write_csv(run.folder / "table.csv", list(rows[0]), rows)
     print_table(rows, aligned[0].rows[0]["reward"], judge)
+
+
+def warnings(run, row, start, written_ended, reach):
+    """What a reader of an alignment's last row of eval.csv must know first, a sentence each.
+
+    start: its row of step 0; written_ended: the share of the data's own responses that end before the cut;
+    reach: the largest KL that the limit's samples support.
+    """
+    perplexity = read_json(run.folder / "sft" / "report.json")["test_perplexity"]
+    words = run.encoding.n_vocab
+    checks = [
+        (perplexity > words / 10,
+         f"pi_sft has learned little: its perplexity is {perplexity:,.0f} in a vocabulary of {words:,}"),
+        (row["reward"] < start["reward"],
+         f"the reward, {row['reward']:.2f}, is below pi_sft's, {start['reward']:.2f}"),
+        (row["kl"] > reach,
+         f"the KL, {row['kl']:.1f} nats, is beyond the {reach:.1f} that the limit's samples support"),
+        (row["ended"] < written_ended / 2,
+         f"only {row['ended']:.0%} of the responses end before the cut, of the data's {written_ended:.0%}")]
+    return [sentence for holds, sentence in checks if holds]
 
 
 def gains(one, samples, before, limit):
@@ -367,6 +390,9 @@ def print_table(rows, start, judge):
               f"{cells(row, 'objective_share', 'objective_share_se')} {ratio} "
               f"{cells(row, 'share_at_0.5', 'share_at_1', 'share_at_2')} "
               f"{cells(row, f'wins_sft_{judge}', f'wins_data_{judge}')}")
+    for row in rows:
+        for sentence in filter(None, row["warnings"].split("; ")):
+            print(f"warning: {row['run']}: {sentence}")
 
 
 def scored(run, score, ids, mask):

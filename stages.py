@@ -42,7 +42,10 @@ def lengths(run, reviews):
 
 
 def sft(run):
-    """pi_sft: maximum likelihood of the reviews' responses, not of prompts (official code).  -> its folder"""
+    """pi_sft: maximum likelihood of the reviews' responses, not of prompts (official code).  -> its folder
+
+    On a user's file the weights with the lowest held-out loss of ten on the way are kept.
+    """
     cfg = run.cfg
     folder = run.folder / "sft"
     if begin(folder, run.settings("sft") | {"reviews": run.source}):
@@ -54,7 +57,8 @@ def sft(run):
     gpt = run.placed(initial_gpt(run))
     optimizer = adamw(gpt, cfg.sft_lr)
     log = Log(folder / "metrics.csv")
-    state = {"model": gpt, "optimizer": optimizer, "log": log}
+    held_out = Rows()                                     # on the way, of a user's file: what is kept
+    state = {"model": gpt, "optimizer": optimizer, "log": log, "held_out": held_out}
     for step, bar in resumable(folder, state, cfg.sft_steps, cfg.save_every, "sft"):
         name = "sft segments" if step < cfg.sft_segments else "sft"
         reviews = texts[name]
@@ -72,7 +76,16 @@ def sft(run):
         means = update(optimizer, lr, sums, index, f"sft, step {step + 1}")
         log.write(step=step + 1, **means)
         bar.set_postfix(loss=f"{means['loss']:.3f}", refresh=False)
-    write_json(folder / "report.json", held_out_loss(run, gpt))
+        if run.own and (step + 1) % max(1, cfg.sft_steps // 10) == 0:
+            nats = held_out_loss(run, gpt)["test_nats_per_token"]
+            held_out.append(step=torch.tensor([step + 1]), nats=torch.tensor([nats]))
+            if held_out.columns["nats"].argmin() == len(held_out) - 1:
+                gpt.save_pretrained(folder, run.eos_id)
+    kept = {}
+    if run.own:                                           # a small file is soon learned by heart
+        gpt = run.policy(folder)
+        kept = {"step_kept": int(held_out.columns["step"][held_out.columns["nats"].argmin()])}
+    write_json(folder / "report.json", held_out_loss(run, gpt) | kept)
     finish(folder, **{"model.safetensors": gpt.save_pretrained(folder, run.eos_id)})
     return folder
 

@@ -1,13 +1,19 @@
 """Runs on a user's own preferences: from the file to aligned policies, judged by the reward model."""
+import csv
 import json
 import random
+from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import run_train
 
 import data
+import figures
 import settings
+import stages
 from checkpoint import read_json, read_tensors
+from run import Run, settle
 
 
 def write(path, n, kind, seed=0):
@@ -48,6 +54,44 @@ def test_a_file_of_pairs_leaves_what_reviews_leave_and_its_judge_is_never_called
     assert "wins_sft_rm" in table and not (run / "oracle").exists()
     assert "oracle" not in printed + table + (run / "exo-preferences-s0/samples.md").read_text()
     assert set(read_json(run / "reward_model/report.json")) == {"shift", "scale", "accuracy_on_held_out_rows"}
+
+
+def test_a_small_file_gets_the_steps_that_it_needs_and_keeps_the_best_on_held_out_rows(tmp_path):
+    file = write(tmp_path / "prefs.jsonl", 300, "pairs")
+    other = tmp_path / "others.jsonl"                                # unlike what is learned, sooner or later
+    other.write_text('{"prompt": "Film number 7 was", "chosen": " cold.", "rejected": " warm."}\n' * 30)
+    flags = ["--preset", "tiny", "--tokenizer", "tiny", "--device", "cpu", "--data", str(file)]
+    cfg, _ = settings.parse([*flags, "--run", str(tmp_path / "run"), "--eval-data", str(other)])
+    run = Run(cfg, torch.device("cpu"), bf16=False)
+    settle(run)
+    assert (cfg.sft_steps, cfg.rm_steps, cfg.align_steps) == (300, 100, 100)
+    cfg.sft_steps = 60
+    folder = stages.sft(run)
+    report = read_json(folder / "report.json")
+    assert report["step_kept"] < 60
+    loss = stages.held_out_loss(run, run.policy(folder))
+    assert loss["test_nats_per_token"] == pytest.approx(report["test_nats_per_token"])
+
+
+def test_what_went_wrong_is_one_sentence_each_on_the_screen_and_in_the_table(tmp_path, capsys):
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "sft/report.json").write_text('{"test_perplexity": 400}')
+    run = SimpleNamespace(folder=tmp_path, encoding=SimpleNamespace(n_vocab=500))
+    good = {"reward": 1.0, "kl": 1.0, "ended": 0.9}
+    bad = {"reward": -2.32, "kl": 164.0, "ended": 0.2}
+    said = figures.warnings(run, bad, {"reward": -2.23}, 0.9, reach=2.5)
+    for words in ("perplexity is 400 in a vocabulary of 500", "-2.32, is below pi_sft's, -2.23",
+                  "164.0 nats, is beyond the 2.5", "only 20% of the responses end"):
+        assert sum(words in sentence for sentence in said) == 1, words
+    (tmp_path / "sft/report.json").write_text('{"test_perplexity": 4}')
+    assert figures.warnings(run, good, {"reward": 0.5}, 0.9, reach=2.5) == []
+
+
+def test_warnings_of_the_table_are_printed(pairs):
+    run, _, printed = pairs
+    with open(run / "table.csv", newline="") as file:
+        sentences = next(csv.DictReader(file))["warnings"].split("; ")
+    assert sentences[0] and all(f"warning: exo-preferences-s0: {one}\n" in printed for one in sentences)
 
 
 def test_its_responses_are_the_files_own_after_prompts_of_any_length(pairs):

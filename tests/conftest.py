@@ -55,6 +55,7 @@ def run_train(*arguments):
     except SystemExit as leaving:
         code = leaving.code
     finally:
+        torch.set_float32_matmul_precision("highest")     # bfloat16 runs set another
         checkpoint.pending.clear()
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -224,11 +224,17 @@ def best_of_n(reward, n):
     return math.log(n) - (n - 1) / n, float((r @ weight).mean())
 
 
-def win_rate(ours, theirs):
-    """The share of pairs of a prompt's responses that ours win, ties one half.  (P, S), (P, S') -> float"""
+def win_rate(ours, theirs, length=None, their_length=None):
+    """The share of pairs of a prompt's responses that ours win, ties one half.  (P, S), (P, S') -> float
+
+    length, their_length: of the same shapes, tokens: only pairs within 10% count; None where there are none.
+    """
     ours, theirs = ours[:, :, None], theirs[:, None, :]                         # (P, S, 1), (P, 1, S')
     wins = (ours > theirs).float() + 0.5 * (ours == theirs).float()             # (P, S, S'), paper App. C
-    return float(wins.mean())
+    if length is not None:
+        length, their_length = length[:, :, None], their_length[:, None, :]     # (P, S, 1), (P, 1, S')
+        wins = wins[(length - their_length).abs() <= 0.1 * their_length]        # (P, S, S') -> (n,)
+    return float(wins.mean()) if len(wins) else None
 
 
 def density_ratio(s, weight, grid):

@@ -119,7 +119,7 @@ def draw(run):
     curve = evaluate.limit_curve(limit["reward"])
     groups = grouped(aligned)
     frontier(run, groups, limit, curve)
-    if not run.own:                                     # accuracy is the oracle's probability
+    if run.judged_by == "oracle":                       # accuracy is its probability
         accuracy(run, groups)
     curves(run, groups)
     density(run, selected([group for group in groups if group.family[0] in ("exo", "dpo")]))
@@ -132,8 +132,13 @@ def progress(run):
         curves(run, grouped(alignments(run.folder, unfinished=True)))
 
 
+JUDGES = {"judge": "judge", "rm": "reward model", "oracle": "oracle"}            # as `Run.judged_by` has them
+
+
 def reward_axis(run):
-    return "reward model's reward" if run.own else "oracle reward, log-odds of positive"
+    if run.judged_by == "oracle":
+        return "oracle reward, log-odds of positive"
+    return f"{JUDGES[run.judged_by]}'s reward"
 
 
 def canvas(run, title, xlabel, *ylabels):
@@ -182,12 +187,12 @@ def frontier(run, groups, limit, curve):
 
     limit: {reward, and where there is a reward model beside the judge model_reward: (P, M)} of pi_sft.
     """
-    judge = "reward model" if run.own else "oracle"
+    judge = JUDGES[run.judged_by]
     text = f"the limit: $\\pi^*_\\beta$ over $\\beta$ (on {len(limit['reward'])} of the prompts)"
     lines = [("limit", 1.8, "-", text, limit_rows("limit", curve))]
     if "model_reward" in limit:
         seen = evaluate.limit_curve(limit["model_reward"], judged=limit["reward"])
-        text = "$\\pi^*_\\beta$ of the reward model, judged by the oracle"
+        text = f"$\\pi^*_\\beta$ of the reward model, judged by the {judge}"
         lines.append(("limit", 0.8, "-", text, limit_rows("model-limit", seen)))
     best = []
     for n in (1, 2, 4, 8, 16, 32, 64):
@@ -299,9 +304,9 @@ def table(run, aligned, limit, curve):
     model_share: of what pi*_beta of the reward model gains, for a method that sees that reward alone.
     kl_ratio: the KL spent over the KL that the limit needs for the same reward.
     """
-    judge, trained = "rm" if run.own else "oracle", run.folder / "reward_model"
+    judge, trained = run.judged_by, run.folder / "reward_model"
     score = None
-    if not run.own and finished(trained):               # a second opinion
+    if judge != "rm" and finished(trained):             # a second opinion
         score = stages.reward_function(run, trained)
 
     def rewards(samples, prefix=""):                    # by the judge and by the reward model
@@ -319,7 +324,7 @@ def table(run, aligned, limit, curve):
     for one in aligned:
         row = {"run": one.folder.name} | one.rows[-1]
         samples = read_tensors(one.last / "samples.safetensors")[0]
-        row |= gains(one, samples, before, limit)
+        row |= gains(one, samples, before, limit, own_unit=judge == "judge")
         needed = evaluate.kl_needed(row["reward"] - one.rows[0]["reward"], curve)
         row["kl_ratio"] = row["kl"] / needed if needed else None
         for kl in (0.5, 1, 2):
@@ -331,6 +336,8 @@ def table(run, aligned, limit, curve):
             row[column] = gap[name] if gap and gap["supported"] else None
         for name, ours in rewards(samples).items():     # (P, S)
             row[f"wins_sft_{name}"] = evaluate.win_rate(ours, sft[name])
+            row[f"wins_sft_{name}_same_length"] = evaluate.win_rate(
+                ours, sft[name], samples["mask"].sum(2), before["mask"].sum(2))
             row[f"wins_data_{name}"] = evaluate.win_rate(ours, data[name][:, None])
         row["warnings"] = "; ".join(warnings(run, row, one.rows[0], float(written_ended), reach))
         rows.append(row)
@@ -349,7 +356,7 @@ def warnings(run, row, start, written_ended, reach):
     checks = [
         (perplexity > words / 10,
          f"pi_sft has learned little: its perplexity is {perplexity:,.0f} in a vocabulary of {words:,}"),
-        (row["reward"] < start["reward"],
+        (round(row["reward"], 2) < round(start["reward"], 2),
          f"the reward, {row['reward']:.2f}, is below pi_sft's, {start['reward']:.2f}"),
         (row["kl"] > reach,
          f"the KL, {row['kl']:.1f} nats, is beyond the {reach:.1f} that the limit's samples support"),
@@ -358,12 +365,12 @@ def warnings(run, row, start, written_ended, reach):
     return [sentence for holds, sentence in checks if holds]
 
 
-def gains(one, samples, before, limit):
+def gains(one, samples, before, limit, own_unit):
     """The gain in J at the alignment's own beta, as shares of the optimum's.
 
-    From Bradley-Terry pairs beta is beta_pi; argmax labels tell no beta.
+    From Bradley-Terry pairs beta is beta_pi; argmax labels tell no beta, nor a judge with a unit of its own.
     """
-    if one.about["feedback"] == "preferences" and one.about["labels"] == "argmax":
+    if own_unit or (one.about["feedback"] == "preferences" and one.about["labels"] == "argmax"):
         return dict.fromkeys(("own_beta", "objective_share", "objective_share_se", "model_share"))
     beta = one.about["beta_pi"]
     if one.about["feedback"] == "reward":
@@ -380,19 +387,28 @@ def print_table(rows, start, judge):
     def cells(row, *names):
         return " ".join("    –" if row[name] is None else f"{row[name]:5.0%}" for name in names)
 
+    own = "held_out_accuracy" in rows[0]
+    wins = (f"wins_sft_{judge}", f"wins_sft_{judge}_same_length", f"wins_data_{judge}")
+    head = f"{'':30} {'reward':>13} {'KL':>6} {'J':>5} {'±':>5} x KL {'.5':>5} {'1':>5} {'2':>5}"
     print(f"\npi_sft: reward {start:.2f}.  At the end: J, the gain in E r - beta KL as a share of pi*'s;\n"
           "x KL, the KL over what the limit needs; the share of the limit's reward at KL .5, 1, 2;\n"
-          f"wins by the {judge} over pi_sft and over the data's own.\n"
-          f"{'':30} {'reward':>13} {'KL':>6} {'J':>5} {'±':>5} x KL {'.5':>5} {'1':>5} {'2':>5}  wins  data")
+          f"wins by the {JUDGES[judge]} over pi_sft, over its responses of the same length, over the data.")
+    if own:
+        print("margin: of the implicit reward on held-out rows, and acc, how often it is positive.")
+    print(f"{head}  wins  same  data" + ("   acc margin" if own else ""))
     for row in rows:
         ratio = "   –" if row["kl_ratio"] is None else f"{row['kl_ratio']:4.1f}"
         print(f"{row['run']:30} {row['reward']:6.2f} ± {row['reward_se']:.2f} {row['kl']:6.2f} "
               f"{cells(row, 'objective_share', 'objective_share_se')} {ratio} "
               f"{cells(row, 'share_at_0.5', 'share_at_1', 'share_at_2')} "
-              f"{cells(row, f'wins_sft_{judge}', f'wins_data_{judge}')}")
+              f"{cells(row, *wins)}"
+              + (f" {row['held_out_accuracy']:5.0%} {row['held_out_margin']:6.2f}" if own else ""))
+    told = {}
     for row in rows:
         for sentence in filter(None, row["warnings"].split("; ")):
-            print(f"warning: {row['run']}: {sentence}")
+            told.setdefault(sentence, []).append(row["run"])
+    for sentence, runs in told.items():
+        print(f"warning: {', '.join(runs)}: {sentence}")
 
 
 def scored(run, score, ids, mask):
@@ -406,11 +422,13 @@ def scored(run, score, ids, mask):
 def write_samples(run, folder, before, after, n=8):
     """samples.md: n prompts continued by pi_sft and by the aligned policy.  before, after: from `measure`"""
     def responses(samples):                             # the first to each prompt, with its reward
-        written = stages.text_of(run, samples["ids"][:n, 0], samples["mask"][:n, 0])
+        written = stages.texts(run, samples["ids"][:n, 0], samples["mask"][:n, 0])
         rewards = samples["reward"][:n, 0].tolist()
         return [f"({reward:+.2f}): {' '.join(text.split())}" for reward, text in zip(rewards, written)]
 
-    judge = "the reward model’s" if run.own else "the oracle’s log-odds of a positive review"
+    judge = f"the {JUDGES[run.judged_by]}’s"
+    if run.judged_by == "oracle":
+        judge += " log-odds of a positive review"
     lines = [f"# {folder.name}: prompts continued by π_sft and by the aligned policy\n",
              f"In brackets the reward: {judge}.\n"]
     prompts = stages.prompts_of(before["ids"][:n, 0], before["mask"][:n, 0])

@@ -3,6 +3,7 @@
 `Run` is what every stage gets.  `open_run` finds it again from its folder, `alignments` what was trained.
 """
 import math
+import runpy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -45,7 +46,28 @@ class Run:
     def settings(self, *stages):
         """The settings that the artifact of one of these stages depends on, beside its upstream."""
         precision = "bf16" if self.bf16 else f"float32 {self.cfg.matmul}"
-        return {"precision": precision} | self.cfg.of(*stages)
+        settings = {"precision": precision} | self.cfg.of(*stages)
+        if self.cfg.judge and {"limit", "reference", "align"} & set(stages):
+            content = data.file_sha256(self.cfg.judge.rpartition(":")[0])
+            settings["judge"] = f"{self.cfg.judge} {content[:8]}"
+        return settings
+
+    @property
+    def judged_by(self):
+        """Whose rewards evaluate: "judge" (--judge), "rm" (a file's reward model) or "oracle"."""
+        if self.cfg.judge:
+            return "judge"
+        return "rm" if self.own else "oracle"
+
+    @cached_property
+    def judge(self):
+        """--judge's function: (prompts, responses), lists of n texts -> n rewards."""
+        path, _, name = self.cfg.judge.rpartition(":")
+        try:
+            return runpy.run_path(path)[name]
+        except (OSError, ImportError, KeyError) as error:
+            raise UserError(f"--judge {self.cfg.judge} is not there ({error}): name a function as "
+                            "my_reward.py:score") from error
 
     @cached_property
     def source(self):
@@ -213,6 +235,7 @@ def settle(run):
 
     Steps have a floor, as a few passes over a small file are too few: on files of 300 pairs, short and long,
     SFT from scratch had its lowest held-out loss after 180 to 300 steps of 300, and 600 brought nothing.
+    More than three passes of EXO over such a file cost what the first ones had gained.
     """
     cfg = run.cfg
     train = run.preferences["train"]
@@ -222,11 +245,11 @@ def settle(run):
     longest_response = max(len(response) for row in [*train, *test] for response in row.responses)
     cfg.prompt_tokens = cfg.prompt_tokens or longest_prompt
     cfg.new_tokens = cfg.new_tokens or longest_response + 1               # its end-of-text
-    sft_passes, rm_passes, align_passes = (5, 3, 1) if cfg.init else (20, 10, 10)   # paper; ours from scratch
-    sft_least, least = (50, 50) if cfg.init else (300, 100)               # ours
+    sft_passes, rm_passes, align_passes = (5, 3, 1) if cfg.init else (20, 10, 3)    # paper; ours from scratch
+    sft_least, rm_least, align_least = (50, 50, 50) if cfg.init else (300, 100, 25)                     # ours
     cfg.sft_steps = cfg.sft_steps or max(sft_least, math.ceil(sft_passes * n / cfg.sft_batch))
-    cfg.rm_steps = cfg.rm_steps or max(least, math.ceil(rm_passes * n / cfg.rm_batch))
-    cfg.align_steps = cfg.align_steps or max(least, math.ceil(align_passes * n / cfg.align_batch))
+    cfg.rm_steps = cfg.rm_steps or max(rm_least, math.ceil(rm_passes * n / cfg.rm_batch))
+    cfg.align_steps = cfg.align_steps or max(align_least, math.ceil(align_passes * n / cfg.align_batch))
     cfg.sft_reviews = cfg.prompts = n
     cfg.responses = K
     cfg.num_candidates = sorted({min(asked, K) for asked in cfg.num_candidates})

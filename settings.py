@@ -50,6 +50,9 @@ class Config:
     # reviews
     data: str = opt("tiny", "tiny: a built-in grammar; imdb; or your preferences, a .jsonl file", "sft")
     eval_data: str = opt("", "your held-out preferences; default: some of --data", "sft")
+    judge: str = opt("", "my_reward.py:score, a function of lists of prompts and of responses to a list of "
+                     "rewards: it evaluates, and no method climbs it; default: the oracle, or your file's "
+                     "reward model")
     held_out: float = opt(0.1, "how much of --data is held out, in whole prompts [ours]", "sft")
     tokenizer: str = opt("tiny", "tiny: the grammar's words, bytes; gpt2: GPT-2's", "sft", ["tiny", "gpt2"])
     vocab_size: int = opt(0, "tokens of GPT-2's tokenizer, its first merges; 0: all 50,256 [ours]", "sft")

@@ -50,10 +50,10 @@ def sft(run):
     folder = run.folder / "sft"
     if begin(folder, run.settings("sft") | {"reviews": run.source}):
         return folder
-    texts = {"sft": run.reviews["train"].pick(range(cfg.sft_reviews))}
+    sources = {"sft": run.reviews["train"].pick(range(cfg.sft_reviews))}
     if cfg.sft_segments:                                  # more text than the beginnings, which come last
-        texts["sft segments"] = data.segments(texts["sft"], run.block_size)
-    length = {name: lengths(run, reviews) for name, reviews in texts.items()}
+        sources["sft segments"] = data.segments(sources["sft"], run.block_size)
+    length = {name: lengths(run, reviews) for name, reviews in sources.items()}
     gpt = run.placed(initial_gpt(run))
     optimizer = adamw(gpt, cfg.sft_lr)
     log = Log(folder / "metrics.csv")
@@ -61,7 +61,7 @@ def sft(run):
     state = {"model": gpt, "optimizer": optimizer, "log": log, "held_out": held_out}
     for step, bar in resumable(folder, state, cfg.sft_steps, cfg.save_every, "sft"):
         name = "sft segments" if step < cfg.sft_segments else "sft"
-        reviews = texts[name]
+        reviews = sources[name]
         index = batch_by_length(step, cfg.sft_batch, length[name], *run.names(name))
         sums = Sums()
         for part in micro_batches(index, run.at_once()):
@@ -85,7 +85,10 @@ def sft(run):
     if run.own:                                           # a small file is soon learned by heart
         gpt = run.policy(folder)
         kept = {"step_kept": int(held_out.columns["step"][held_out.columns["nats"].argmin()])}
-    write_json(folder / "report.json", held_out_loss(run, gpt) | kept)
+    report = held_out_loss(run, gpt) | kept
+    print(f"sft: perplexity {report['test_perplexity']:.2f} on held-out texts, of a vocabulary of "
+          f"{run.encoding.n_vocab}")
+    write_json(folder / "report.json", report)
     finish(folder, **{"model.safetensors": gpt.save_pretrained(folder, run.eos_id)})
     return folder
 
@@ -114,7 +117,7 @@ def held_out_loss(run, gpt):
         ids, mask = run.rows(reviews.pick(index.tolist()))
         total -= float(token_logprob(gpt, ids, mask).sum())
         tokens += int(mask.sum())
-        size += sum(len(response.encode()) for response in text_of(run, ids, mask))
+        size += sum(len(response.encode()) for response in texts(run, ids, mask))
     return {"test_perplexity": math.exp(total / tokens), "test_nats_per_token": total / tokens,
             "test_bits_per_byte": total / math.log(2) / size}
 
@@ -153,6 +156,7 @@ def oracle(run):
         pairs = [torch.stack(classify(run, scorer, test, index)) for index in chunks]    # of (2, 100)
     log_odds, label = torch.cat(pairs, dim=1)                                           # (2, n) -> (n,), (n,)
     right = (log_odds > 0) == (label > 0)                                                # (n,)
+    print(f"oracle: accuracy {right.float().mean():.3f} on held-out reviews")
     write_json(folder / "report.json", {"test_accuracy": float(right.float().mean()),
                                         "test_log_odds_sd": float(log_odds.std())})
     finish(folder, **{"model.safetensors": scorer.save_pretrained(folder)})
@@ -166,8 +170,23 @@ def classify(run, scorer, reviews, index):
 
 
 def judge(run):
-    """The reward of evaluation, (ids, mask) -> (N,): the oracle's, or on a user's file the reward model's."""
+    """The reward of labels, (ids, mask) -> (N,): the oracle's, or on a user's file the reward model's."""
     return reward_function(run, oracle(run))
+
+
+def evaluator(run):
+    """The reward of evaluation, (ids, mask) -> (N,): --judge's, which nothing trains on, or `judge`'s."""
+    if not run.cfg.judge:
+        return judge(run)
+
+    def reward(ids, mask):
+        prompts = [run.encoding.decode(prompt) for prompt in prompts_of(ids, mask)]
+        rewards = run.judge(prompts, texts(run, ids, mask))
+        if len(rewards) != len(ids):
+            raise UserError(f"--judge {run.cfg.judge} gave {len(rewards)} rewards for {len(ids)} responses: "
+                            "return one for each")
+        return torch.tensor(rewards, dtype=torch.float32, device=ids.device)             # (N,)
+    return reward
 
 
 # ---- responses of pi_sft ------------------------------------------------------------------------------
@@ -180,7 +199,7 @@ def sample_responses(run, folder, prompts, each, rewards_only=False, model_rewar
     """
     cfg = run.cfg
     policy = run.policy(run.folder / "sft")
-    reward = judge(run)
+    reward = evaluator(run) if rewards_only else judge(run)
     repeated = [prompt for prompt in prompts for _ in range(each)]
     chunks = [repeated[i:i + cfg.sample_batch] for i in range(0, len(repeated), cfg.sample_batch)]
     rows = Rows()
@@ -230,14 +249,14 @@ def answers(run):
 def limit(run):
     """Rewards of many responses of pi_sft to prompts of evaluation, for the limit.  -> its folder
 
-    Where there is a reward model beside an oracle, with its rewards of the same responses, model_reward.
+    Where there is a reward model beside what evaluates, with its rewards of the same responses, model_reward.
     """
     cfg = run.cfg
     folder = run.folder / f"limit-{cfg.limit_prompts}x{cfg.limit_responses}"
     upstream = [sft(run), oracle(run)]
     trained = run.folder / "reward_model"
     model_reward = None
-    if not run.own and finished(trained):
+    if run.judged_by != "rm" and finished(trained):
         model_reward = reward_function(run, trained)
         upstream.append(trained)
         folder = folder.with_name(folder.name + "-reward-model")
@@ -269,13 +288,25 @@ def drift(run, policy, samples, start):
     h = logp - start["ref_logp"].flatten()                                               # (P S,)
     row = {"log_mean_ratio": float(h.logsumexp(0) - math.log(len(h)))}
     if run.cfg.data == "tiny":
-        responses = text_of(run, samples["ids"].flatten(0, 1), samples["mask"].flatten(0, 1))
-        sentences = [sentence for text in responses for sentence in data.read_tiny(text)]
+        written_by_it = texts(run, samples["ids"].flatten(0, 1), samples["mask"].flatten(0, 1))
+        sentences = [sentence for text in written_by_it for sentence in data.read_tiny(text)]
         row["faulty"] = sum(sentence is None for sentence in sentences) / max(1, len(sentences))
     return row
 
 
-def text_of(run, ids, mask):
+def implicit(run, policy, held_out):
+    """How beta_pi h tells a file's held-out best responses from the worst.  held_out: of `own_responses`
+
+    -> {held_out_accuracy (ties one half), held_out_margin: the mean of the difference}
+    """
+    logp = logprob_of(run, policy, held_out["ids"].flatten(0, 1), held_out["mask"].flatten(0, 1))    # (P K,)
+    h = logp.view(held_out["ref_logp"].shape) - held_out["ref_logp"]                     # (P K,) -> (P, K)
+    margin = run.cfg.beta_pi * (h[:, 0] - h[:, 1])                                       # (P,)
+    right = (margin > 0).float() + 0.5 * (margin == 0).float()                           # (P,)
+    return {"held_out_accuracy": float(right.mean()), "held_out_margin": float(margin.mean())}
+
+
+def texts(run, ids, mask):
     """The responses' texts, without their end-of-text.  (N, T), (N, T) -> N strings"""
     kept = mask & (ids != run.eos_id)                                                    # (N, T)
     return [run.encoding.decode(row[on].tolist()) for row, on in zip(ids, kept)]
@@ -285,7 +316,7 @@ def reference(run):
     """pi_sft evaluated on the same prompts as every checkpoint: step 0 of every method.  -> its folder"""
     folder, upstream = run.folder / "reference", [sft(run), oracle(run)]
     if not begin(folder, run.settings("reference"), upstream):
-        policy, reward = run.policy(upstream[0]), judge(run)
+        policy, reward = run.policy(upstream[0]), evaluator(run)
         samples = evaluation(run, policy, policy, reward, rng(*run.names("reference")))
         ref_logp = logprob_of(run, policy, samples["ids"].flatten(0, 1), samples["mask"].flatten(0, 1))
         samples["ref_logp"] = ref_logp.view(samples["reward"].shape)                     # (P S,) -> (P, S)
@@ -402,6 +433,8 @@ def reward_model(run):
                   "within_prompt_r2": float(torch.corrcoef(centred)[0, 1] ** 2)}
         if cfg.data == "tiny":
             report |= opinion_weights(run, sampled, centred)
+    of = "held-out rows" if run.own else "fresh pairs"
+    print(f"reward_model: accuracy {right.float().mean():.3f} on {of}")
     write_json(folder / "report.json", {"shift": shift, "scale": scale} | report)
     rewards = write_tensors(folder / "rewards.safetensors", {"reward": (score - shift) * scale})
     finish(folder, **{"model.safetensors": scorer.save_pretrained(folder), "rewards.safetensors": rewards})
@@ -425,7 +458,7 @@ def opinion_weights(run, sampled, centred):
     centred: (2, P K), both rewards less their prompt's mean.  In the grammar both weigh 1.
     """
     counts = []
-    for text in text_of(run, sampled["ids"].flatten(0, 1), sampled["mask"].flatten(0, 1)):
+    for text in texts(run, sampled["ids"].flatten(0, 1), sampled["mask"].flatten(0, 1)):
         sentences = [sentence for sentence in data.read_tiny(text) if sentence is not None]
         in_not = sum(opinions for opinions, turned in sentences if turned)
         counts.append([sum(opinions for opinions, _ in sentences) - in_not, in_not])

@@ -267,7 +267,9 @@ class Training:
             return
         self.policy = run.policy(sft)
         self.ref = run.policy(sft)
-        self.judge = stages.judge(run)
+        self.judge = stages.judge(run)                               # of XPO's labels
+        self.evaluator = stages.evaluator(run)
+        self.held_out = stages.own_responses(run, "test") if run.own else None
         self.optimizer = adamw(self.policy, run.cfg.align_lr, eps=1e-5 if method == "ppo" else 1e-8)
         self.metrics = Log(self.folder / "metrics.csv")
         self.evaluations = Log(self.folder / "eval.csv")
@@ -306,11 +308,16 @@ class Training:
         every = min(self.run.cfg.save_every, max(1, total // 10))
         for step, bar in resumable(self.folder, state, total, every, self.folder.name):
             if step == 0:
-                row = summary(self.start, self.run.eos_id)
-                row |= stages.drift(self.run, self.policy, self.start, self.start)
-                self.evaluations.write(step=0, **row)
+                self.evaluations.write(step=0, **self.evaluated(self.start))
             self.began = time.perf_counter()
             yield step, bar
+
+    def evaluated(self, samples):
+        """A row of eval.csv, but for its step."""
+        row = summary(samples, self.run.eos_id) | stages.drift(self.run, self.policy, samples, self.start)
+        if self.held_out:
+            row |= stages.implicit(self.run, self.policy, self.held_out)
+        return row
 
     def record(self, step, means, tokens, bar):
         """Logs a step, which trained on so many tokens; at a checkpoint evaluates and keeps the policy.
@@ -330,14 +337,17 @@ class Training:
     def checkpoint(self, step, means, bar):
         run = self.run
         folder = self.folder / f"step-{step:05d}"
-        samples = stages.evaluation(run, self.policy, self.ref, self.judge, rng("evaluate", self.seed, step))
-        row = summary(samples, run.eos_id) | stages.drift(run, self.policy, samples, self.start)
+        generator = rng("evaluate", self.seed, step)
+        samples = stages.evaluation(run, self.policy, self.ref, self.evaluator, generator)
+        row = self.evaluated(samples)
         self.policy.save_pretrained(folder, run.eos_id)
         write_tensors(folder / "samples.safetensors", samples)
         self.evaluations.write(step=step, **row)                     # last: a row says that the rest is there
         learned = f"loss {means['loss']:.3f}, " if means else ""
         if "rewards_margin" in means and self.rounds == 1:           # in rounds they begin at 0 each time
             learned += f"margin {means['rewards_margin']:.3f}, accuracy {means['rewards_accuracy']:.3f}, "
+        if self.held_out:
+            learned += f"held out {row['held_out_margin']:.3f}, {row['held_out_accuracy']:.3f}, "
         speed = self.tokens / self.seconds if self.seconds else 0
         start = mean_se(self.start["reward"])[0]
         bar.write(f"{self.folder.name}, step {step}: {learned}reward {row['reward']:.2f} (pi_sft "
@@ -428,6 +438,8 @@ def main(argv=None):
         compute.agreed(0)                                         # no process goes on before process 0 has it
         checkpoint.catch_signals()
         run = Run(cfg, device, bf16)
+        if cfg.judge and not callable(run.judge):
+            raise UserError(f"--judge {cfg.judge} is no function")
         if run.own:
             settle(run)
         for seed in cfg.seeds:

@@ -264,6 +264,13 @@ def test_win_rate_is_over_all_pairs_with_ties_one_half():
     assert win_rate(ours, ours) == 0.5
 
 
+def test_at_matched_length_only_pairs_within_a_tenth_count():
+    ours, theirs = torch.tensor([[3.0, 0.0]]), torch.tensor([[1.0, 2.0, 4.0]])
+    length, their_length = torch.tensor([[40, 10]]), torch.tensor([[10, 44, 45]])
+    assert win_rate(ours, theirs, length, their_length) == 0.5       # 3 over 2; 0 below 1; 40 is not near 45
+    assert win_rate(ours, theirs, length, 2 * their_length) is None
+
+
 def test_density_ratio_of_equal_weights_is_one_and_nan_where_no_samples_are():
     s = np.random.default_rng(0).normal(-40, 5, 2000)
     grid = np.linspace(-120, 40, 81)
@@ -372,7 +379,8 @@ def test_the_frontier_has_six_lines_at_most_and_another_picture_has_all(tmp_path
     limit_reward = np.random.default_rng(0).normal(size=(4, 500))
 
     def labels(alignments, own):
-        pictures, run = {}, SimpleNamespace(folder=tmp_path, own=own, cfg=SimpleNamespace(eval_split="test"))
+        pictures, cfg = {}, SimpleNamespace(eval_split="test")
+        run = SimpleNamespace(folder=tmp_path, judged_by="rm" if own else "oracle", cfg=cfg)
         monkeypatch.setattr(figures, "save", lambda figure, path: pictures.update({path.name: figure}))
         groups, curve = figures.grouped(alignments), limit_curve(limit_reward)
         figures.frontier(run, groups, {"reward": limit_reward}, curve)

@@ -2,6 +2,7 @@
 import csv
 import json
 import random
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,9 @@ import figures
 import settings
 import stages
 from checkpoint import read_json, read_tensors
-from run import Run, settle
+from evaluate import read_csv
+from model import sequence_logprob
+from run import Run, open_run, settle
 
 
 def write(path, n, kind, seed=0):
@@ -64,7 +67,7 @@ def test_a_small_file_gets_the_steps_that_it_needs_and_keeps_the_best_on_held_ou
     cfg, _ = settings.parse([*flags, "--run", str(tmp_path / "run"), "--eval-data", str(other)])
     run = Run(cfg, torch.device("cpu"), bf16=False)
     settle(run)
-    assert (cfg.sft_steps, cfg.rm_steps, cfg.align_steps) == (300, 100, 100)
+    assert (cfg.sft_steps, cfg.rm_steps, cfg.align_steps) == (300, 100, 29)
     cfg.sft_steps = 60
     folder = stages.sft(run)
     report = read_json(folder / "report.json")
@@ -92,6 +95,77 @@ def test_warnings_of_the_table_are_printed(pairs):
     with open(run / "table.csv", newline="") as file:
         sentences = next(csv.DictReader(file))["warnings"].split("; ")
     assert sentences[0] and all(f"warning: exo-preferences-s0: {one}\n" in printed for one in sentences)
+
+
+JUDGE = """
+GOOD = {"warm", "sharp", "clear"}
+
+
+def score(prompts, responses):
+    rewards = []
+    for prompt, response in zip(prompts, responses):
+        assert prompt.startswith("Film number")
+        words = response.replace(".", "").split()
+        rewards.append(sum(word in GOOD for word in words) - 0.1 * len(words))
+    return rewards
+"""
+
+
+def test_a_judge_of_ones_own_evaluates_and_no_method_climbs_it(pairs, tmp_path):
+    """XPO asks for labels on the way: those stay the reward model's."""
+    run, file, _ = pairs
+    (tmp_path / "my_reward.py").write_text(JUDGE)
+    there = shutil.ignore_patterns("reference", "limit*", "exo*")
+    for name, flags in (("without", []), ("with", ["--judge", f"{tmp_path / 'my_reward.py'}:score"])):
+        shutil.copytree(run, tmp_path / name, ignore=there)
+        ended = align(tmp_path / name, file, "--method", "xpo", *flags)
+        assert ended.code == 0, ended.err
+    logs = [(tmp_path / name / "xpo-preferences-s0/metrics.csv").read_text() for name in ("with", "without")]
+    assert logs[0] == logs[1]
+    samples, _ = read_tensors(tmp_path / "with/reference/samples.safetensors")
+    ids, mask = samples["ids"].flatten(0, 1), samples["mask"].flatten(0, 1)
+    judged = open_run(tmp_path / "with")
+    prompts = ["Film number 0 was"] * len(ids)
+    assert samples["reward"].flatten().tolist() == pytest.approx(
+        judged.judge(prompts, stages.texts(judged, ids, mask)))
+    table = (tmp_path / "with/table.csv").read_text()
+    assert "wins_sft_judge" in table and "wins_sft_rm" in table
+
+
+@pytest.mark.parametrize("judge", ["nowhere.py:score", "my_reward.py:other", "my_reward.py"])
+def test_a_judge_that_is_not_there_is_named(tmp_path, judge):
+    (tmp_path / "my_reward.py").write_text(JUDGE)
+    file = write(tmp_path / "prefs.jsonl", 60, "pairs")
+    ended = align(tmp_path / "run", file, "--judge", tmp_path / judge)
+    assert ended.code == 1 and f"--judge {tmp_path / judge} is not there" in ended.err
+
+
+def test_the_judge_and_the_held_out_rows_are_told_as_soon_as_they_are_known(pairs):
+    run, _, printed = pairs
+    report = read_json(run / "sft/report.json")
+    assert f"sft: perplexity {report['test_perplexity']:.2f} on held-out texts" in printed
+    accuracy = read_json(run / "reward_model/report.json")["accuracy_on_held_out_rows"]
+    assert f"reward_model: accuracy {accuracy:.3f} on held-out rows" in printed
+    start, *_, last = read_csv(run / "exo-preferences-s0/eval.csv")
+    assert (start["held_out_accuracy"], start["held_out_margin"]) == (0.5, 0)
+    assert f"held out {last['held_out_margin']:.3f}, {last['held_out_accuracy']:.3f}" in printed
+
+
+def test_implicit_rewards_of_held_out_rows_are_beta_pi_times_the_log_ratios(pairs):
+    run = open_run(pairs[0])
+    settle(run)
+    held_out = stages.own_responses(run, "test")
+    policy = run.policy(run.folder / "exo-preferences-s0/step-00010")
+    h = []
+    for row, ref_logp in zip(run.preferences["test"], held_out["ref_logp"].tolist()):
+        rows = [row.prompt + response for response in row.responses]
+        ids, mask = data.rows(rows, len(row.prompt), run.block_size, run.eos_id)
+        with torch.no_grad():
+            logp = sequence_logprob(policy, ids, mask).tolist()
+        h.append(logp[0] - ref_logp[0] - logp[1] + ref_logp[1])
+    said = stages.implicit(run, policy, held_out)
+    assert said["held_out_margin"] == pytest.approx(run.cfg.beta_pi * sum(h) / len(h), abs=1e-5)
+    assert said["held_out_accuracy"] == sum(one > 0 for one in h) / len(h)
 
 
 def test_its_responses_are_the_files_own_after_prompts_of_any_length(pairs):

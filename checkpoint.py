@@ -142,10 +142,16 @@ def tensor_in(blob, start, dtype, shape, data_offsets):
 
 
 def stored_checksum(path):
-    """The sha256 in a file's header, None where there is none: which file it is, without reading it all."""
+    """The sha256 in a file's header, None where there is none, or where the file is too short.
+
+    It tells which file it is, without reading it all.
+    """
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError), open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        return json.loads(file.read(min(length, 2 ** 20)))["__metadata__"]["sha256"]
+        header = json.loads(file.read(min(length, 2 ** 20)))
+        about = header.pop("__metadata__")
+        end = max(entry["data_offsets"][1] for entry in header.values())
+        return about["sha256"] if Path(path).stat().st_size == 8 + length + end else None
 
 
 # ---- stages -------------------------------------------------------------------------------------------
@@ -177,10 +183,21 @@ def begin(folder, settings, upstream=(), about=None):
     if stale:
         others = " and another ".join(stale)
         raise UserError(f"{folder} was made from another {others} than the one beside it: {remedy}")
-    done = "done" in old
+    damaged = [name for name in old.get("done", {}) if not sound(folder, name, old["done"][name])]
+    if damaged:
+        print(f"{folder}: {damaged[0]} is missing or damaged, so this stage runs again", file=sys.stderr)
+        write_json(path, {name: part for name, part in old.items() if name != "done"})
+    done = "done" in old and not damaged
     for leftover in saves(folder) if done else []:        # of a process that was killed inside `finish`
         leftover.unlink()
     return done
+
+
+def sound(folder, name, recorded):
+    """Whether a finished stage's artifact is there and whole, as far as its header tells."""
+    if name == "final":                                   # of an alignment: its last checkpoint
+        return stored_checksum(folder / recorded / "model.safetensors") is not None
+    return not name.endswith(".safetensors") or stored_checksum(folder / name) is not None
 
 
 @on_first

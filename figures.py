@@ -257,6 +257,7 @@ def density(run, groups):
     beta = max(cfg.beta_pi * cfg.beta_r, 0.5)           # ours: at a smaller one few responses weigh all
     samples = read_tensors(run.folder / "reference" / "samples.safetensors")[0]
     prompt = stages.prompts_of(samples["ids"][0, :1], samples["mask"][0, :1])[0]
+    groups = [group for group in groups if group.members[0].has_weights]
     policies = {group.label: run.policy(group.members[0].last) for group in groups}
     ref = policies["ref"] = run.policy(run.folder / "sft")
     score = stages.reward_function(run, run.folder / ("reward_model" if run.own else "oracle"))
@@ -323,7 +324,7 @@ def table(run, aligned, limit, curve):
     rows = []
     for one in aligned:
         row = {"run": one.folder.name} | one.rows[-1]
-        samples = read_tensors(one.last / "samples.safetensors")[0]
+        samples = read_tensors(one.samples)[0]
         row |= gains(one, samples, before, limit, own_unit=judge == "judge")
         needed = evaluate.kl_needed(row["reward"] - one.rows[0]["reward"], curve)
         row["kl_ratio"] = row["kl"] / needed if needed else None

@@ -210,6 +210,19 @@ class Aligned:
     last: Path
 
     @property
+    def samples(self):
+        """The file of its last checkpoint's responses."""
+        return self.folder / "samples" / f"{self.last.name}.safetensors"
+
+    @property
+    def has_weights(self):
+        """Whether its last checkpoint is there; says so where it was removed."""
+        there = (self.last / "model.safetensors").exists()
+        if not there:
+            print(f"{self.last} has no weights any more, so it is left out here")
+        return there
+
+    @property
     def method(self):
         """As it is called: XPO without its bonus is online DPO."""
         online_dpo = self.about["method"] == "xpo" and self.about["alpha"] == 0

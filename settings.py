@@ -47,6 +47,8 @@ class Config:
     pipeline: int = opt(0, "repeats the stages before alignment with other random numbers [ours]", "sft")
     save_every: int = opt(0, "steps between the saves that an interrupted stage goes on from; 0: as many as "
                              "take 1% of its time [ours]")
+    keep: str = opt("all", "checkpoints whose weights stay; best: the last and that of the highest reward",
+                     "", ["all", "best", "last"])
     # reviews
     data: str = opt("tiny", "tiny: a built-in grammar; imdb; or your preferences, a .jsonl file", "sft")
     eval_data: str = opt("", "your held-out preferences; default: some of --data", "sft")

@@ -5,6 +5,7 @@ pi_sft by EXO, DPO, XPO or PPO, with checkpoints evaluated on the way; at the en
 The same command again goes on where it stopped; another method starts at its alignment.
 """
 import shlex
+import shutil
 import sys
 import time
 
@@ -17,9 +18,21 @@ import ppo
 import stages
 import xpo
 from checkpoint import Log, Rows, Stopped, begin, finish, read_json, read_tensors, resumable, write_tensors
-from compute import Sums, UserError, adamw, cosine, micro_batches, move, rank, rng, shuffled_batch, update
+from compute import (
+    Sums,
+    UserError,
+    adamw,
+    cosine,
+    micro_batches,
+    move,
+    on_first,
+    rank,
+    rng,
+    shuffled_batch,
+    update,
+)
 from dpo import dpo_loss, dpo_reward_loss
-from evaluate import mean_se, summary
+from evaluate import mean_se, read_csv, summary
 from exo import exo_loss, exo_pref_loss
 from model import respond, sequence_logprob, trim
 from run import Run, settle
@@ -341,7 +354,7 @@ class Training:
         samples = stages.evaluation(run, self.policy, self.ref, self.evaluator, generator)
         row = self.evaluated(samples)
         self.policy.save_pretrained(folder, run.eos_id)
-        write_tensors(folder / "samples.safetensors", samples)
+        write_tensors(self.folder / "samples" / f"{folder.name}.safetensors", samples)
         self.evaluations.write(step=step, **row)                     # last: a row says that the rest is there
         learned = f"loss {means['loss']:.3f}, " if means else ""
         if "rewards_margin" in means and self.rounds == 1:           # in rounds they begin at 0 each time
@@ -354,11 +367,26 @@ class Training:
                   f"{start:.2f}) at KL {row['kl']:.2f} nats, length {row['length']:.0f}, "
                   f"{speed:,.0f} tokens/s")
         self.tokens = self.seconds = 0.0
+        self.prune()
         figures.progress(run)
+
+    @on_first
+    def prune(self):
+        """Removes the weights that --keep does not ask for; the samples stay."""
+        if self.run.cfg.keep == "all":
+            return
+        rows = read_csv(self.folder / "eval.csv")[1:]
+        kept = rows[-1:]
+        if self.run.cfg.keep == "best":
+            kept.append(max(rows, key=lambda row: row["reward"]))
+        names = {f"step-{int(row['step']):05d}" for row in kept}
+        for old in self.folder.glob("step-*"):
+            if old.name not in names:
+                shutil.rmtree(old)
 
     def finish(self):
         final = f"step-{self.checkpoints[-1]:05d}"
-        samples = read_tensors(self.folder / final / "samples.safetensors")[0]
+        samples = read_tensors(self.folder / "samples" / f"{final}.safetensors")[0]
         figures.write_samples(self.run, self.folder, self.start, samples)
         finish(self.folder, final=final)
 

@@ -19,7 +19,9 @@ from conftest import ALIGNED, ALL_METHODS, at, small
 
 import checkpoint
 import figures
+import sample
 import stages
+import train
 from checkpoint import Log, Rows, begin, finish, lock, read_json, read_tensors, resumable, write_tensors
 from compute import Sums, UserError, adamw, batch_by_length, cosine, micro_batches, rng, update
 from evaluate import read_csv
@@ -398,6 +400,48 @@ def test_a_run_that_is_killed_20_times_leaves_what_an_undisturbed_one_leaves(all
     ended = small(tmp_path / "run", *ALL_METHODS, draw=figures.draw)
     assert ended.code == 0, ended.err
     same(tmp_path / "run", all_methods)
+
+
+def damage(path, how):
+    if how == "removed":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-1] if how == "cut short" else b"")
+
+
+@pytest.mark.parametrize("artifact, how", [
+    ("sft/model.safetensors", "removed"), ("sft/model.safetensors", "empty"),
+    ("responses/responses.safetensors", "cut short"), ("reward_model/rewards.safetensors", "removed"),
+    (f"{ALIGNED}/step-00006/model.safetensors", "removed")])
+def test_a_stage_whose_artifact_is_damaged_is_named_and_made_again(finished, smoke, artifact, how):
+    damage(finished / artifact, how)
+    ended = small(finished)
+    assert ended.code == 0, ended.err
+    stage = finished / artifact.split("/")[0]
+    assert f"{stage}: " in ended.err and "is missing or damaged, so this stage runs again" in ended.err
+    same(finished, smoke)
+
+
+def test_a_policy_without_weights_stays_in_the_table_and_is_left_out_elsewhere(finished, capsys):
+    shutil.rmtree(finished / ALIGNED / "step-00006")
+    figures.main([str(finished)])
+    assert ALIGNED in (finished / "table.csv").read_text()
+    sample.main([str(finished), "--prompt", "Last night we saw this film"])
+    said = capsys.readouterr().out
+    assert said.count(f"{finished / ALIGNED / 'step-00006'} has no weights any more") == 2
+
+
+@pytest.mark.parametrize("keep, left", [("last", ["step-00006"]), ("best", ["step-00001", "step-00006"])])
+def test_only_the_weights_asked_for_stay_and_all_samples(begun, monkeypatch, keep, left):
+    rewards = {0: 0.0, 1: 9.0, 3: 1.0, 6: 2.0}
+
+    def read(path):
+        return [row | {"reward": rewards[row["step"]]} for row in read_csv(path)]
+
+    monkeypatch.setattr(train, "read_csv", read)
+    assert small(begun, "--keep", keep, "--checkpoints", "3").code == 0
+    assert sorted(path.name for path in (begun / ALIGNED).glob("step-*")) == left
+    assert len(list((begun / ALIGNED / "samples").iterdir())) == 3
 
 
 # ---- runs that are refused ----------------------------------------------------------------------------

@@ -68,10 +68,10 @@ def test_a_small_file_gets_the_steps_that_it_needs_and_keeps_the_best_on_held_ou
     run = Run(cfg, torch.device("cpu"), bf16=False)
     settle(run)
     assert (cfg.sft_steps, cfg.rm_steps, cfg.align_steps) == (300, 100, 29)
-    cfg.sft_steps = 60
+    cfg.sft_steps = 30
     folder = stages.sft(run)
     report = read_json(folder / "report.json")
-    assert report["step_kept"] < 60
+    assert report["step_kept"] < 30
     loss = stages.held_out_loss(run, run.policy(folder))
     assert loss["test_nats_per_token"] == pytest.approx(report["test_nats_per_token"])
 

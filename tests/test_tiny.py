@@ -45,8 +45,8 @@ def aligned(tiny):
     """EXO from pairs: pi_sft's row of eval.csv, those of its 8 checkpoints, their samples by folder name."""
     folder = tiny.folder / "exo-preferences-s0"
     start, *rows = read_csv(folder / "eval.csv")
-    files = sorted(folder.glob("*/samples.safetensors"))
-    samples = {file.parent.name: read_tensors(file)[0] for file in files}
+    files = sorted(folder.glob("samples/*.safetensors"))
+    samples = {file.stem: read_tensors(file)[0] for file in files}
     assert start["step"] == 0 and len(rows) == len(samples) == 8
     return SimpleNamespace(folder=folder, start=start, rows=rows, samples=samples)
 

@@ -403,6 +403,15 @@ class Log:
             file.write(self.text)
 
 
+def unreserve(folder):
+    """Removes what a start that failed has left in a run folder: stages that have no file yet, itself."""
+    for path in Path(folder).glob("*/stage.json"):
+        if list(path.parent.iterdir()) == [path]:
+            shutil.rmtree(path.parent)
+    if [path.name for path in Path(folder).iterdir()] == [".lock"]:
+        shutil.rmtree(folder)
+
+
 def cell(value):
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 

@@ -458,6 +458,7 @@ def introduce(cfg, why, device, bf16):
 
 def main(argv=None):
     cfg, why = parse(argv)
+    held = None
     try:
         device = compute.start(compute.pick_device(cfg.device))
         bf16 = compute.arithmetic(device, cfg.matmul)
@@ -473,12 +474,15 @@ def main(argv=None):
         for seed in cfg.seeds:
             for method, feedback, K, rounds in plan(cfg):
                 align(run, method, feedback, K, rounds, seed)
-        stages.limit(run)
+        if cfg.limit_responses:
+            stages.limit(run)
         figures.draw(run)
         compute.stop()
         if held:
             held.close()
     except UserError as error:
+        if held:
+            checkpoint.unreserve(cfg.run)
         sys.exit(f"train.py: {error}" if rank() == 0 else 1)
     except Stopped as stopped:
         if rank() == 0:

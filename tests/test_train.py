@@ -163,6 +163,17 @@ def test_errors_that_only_the_start_finds_are_one_sentence_too(smoke, tmp_path, 
     monkeypatch.chdir(smoke)
     ended = small(tmp_path / "run", *flags.split())
     assert ended.code == 1 and sentence in ended.err and ended.err.count("\n") == 1
+    assert not (tmp_path / "run").exists()                           # nothing is reserved
+
+
+def test_a_start_that_fails_leaves_a_run_as_it_was(finished, smoke):
+    """The alignment that blew up in its first step can be asked for with another rate."""
+    def names(folder):
+        return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+    before = names(finished)
+    assert small(finished, "--method", "dpo", "--align-lr", "1e-4", "--alpha", "0", "--judge", "x").code == 1
+    assert names(finished) == before
 
 
 def test_batches_go_through_shuffled_epochs():

@@ -132,8 +132,9 @@ def limit_curve(reward, betas=None, judged=None):
 
 
 def share_of_objective(beta, reward, kl, start, limit_reward, model_reward=None):
-    """The gain in J = E r - beta KL over pi_sft's as a share of pi*_beta's.  -> share, se; None x 2 beyond it
+    """The gain in J = E r - beta KL over pi_sft's as a share of pi*_beta's.  -> share, se
 
+    None x 2 where the limit is not supported, or the standard error is more than a quarter of its gain.
     reward, kl: (P, S) of the policy's responses, start: (P, S) pi_sft's rewards on the same prompts.
     limit_reward: (P', M) of pi_sft's responses; model_reward: a reward model's of the same, for the share of
     what a policy can gain that sees it alone.  se: over prompts, of the numerator.
@@ -148,6 +149,8 @@ def share_of_objective(beta, reward, kl, start, limit_reward, model_reward=None)
     if best_gain <= 0:
         return None, None
     gain, se = mean_se(reward - beta * kl - start)
+    if se > best_gain / 4:                                                      # the gain is near 0
+        return None, None
     return gain / best_gain, se / best_gain
 
 
@@ -191,26 +194,20 @@ def gap_to_limit(limit_reward, reward, kl):
             "beta": beta, "supported": supported(ess)}
 
 
-def reward_at(kl, rows):
-    """The reward of a method at this KL, interpolated on its checkpoints (eval.csv's rows), or None.
-
-    A method may turn back: its last passage counts.
-    """
-    for i in range(len(rows) - 1, 0, -1):
-        a, b = rows[i - 1], rows[i]
-        if min(a["kl"], b["kl"]) <= kl <= max(a["kl"], b["kl"]):
-            width = b["kl"] - a["kl"] or 1                                      # two equal ones: the later
-            return b["reward"] + (a["reward"] - b["reward"]) * (b["kl"] - kl) / width
-    return None
-
-
 def share_of_limit(kl, rows, curve):
-    """(r(pi at kl) - r(pi_sft)) / (r*(kl) - r(pi_sft)), each gain on its own prompts; None beyond either."""
-    reward = reward_at(kl, rows)
+    """(r(pi) - r(pi_sft)) / (r*(KL) - r(pi_sft)), each gain on its own prompts, of the checkpoint near a KL.
+
+    Near: within a fifth of it.  Between checkpoints far apart the way is not known.  rows: eval.csv's.  None
+    without one, beyond the curve, and where the reward's standard error is more than a quarter of the gain.
+    """
+    near = min(rows, key=lambda row: abs(row["kl"] - kl))
     reach = curve["kl"][curve["supported"]].max(initial=-math.inf)
-    if reward is None or kl > reach:
+    if abs(near["kl"] - kl) > kl / 5 or near["kl"] > reach:
         return None
-    return (reward - rows[0]["reward"]) / (np.interp(kl, curve["kl"], curve["reward"]) - curve["start"])
+    best_gain = np.interp(near["kl"], curve["kl"], curve["reward"]) - curve["start"]
+    if not near["reward_se"] < best_gain / 4:
+        return None
+    return (near["reward"] - rows[0]["reward"]) / best_gain
 
 
 # ---- other measures ----------------------------------------------------------------------------------------

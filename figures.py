@@ -113,9 +113,12 @@ def draw(run):
     """Draws everything that the run holds, writes its table and prints a part of it."""
     aligned = alignments(run.folder)
     limits = sorted(run.folder.glob("limit-*/rewards.safetensors"), key=lambda path: path.stat().st_size)
-    if not aligned or not limits:
+    if not aligned:
         raise UserError(f"{run.folder} holds no finished alignment yet: run train.py first")
-    limit = {name: column.numpy() for name, column in read_tensors(limits[-1])[0].items()}    # (P, M) each
+    limit = {"reward": torch.zeros(1, 1)}               # --limit-responses 0: a limit that nothing supports
+    if limits:
+        limit = read_tensors(limits[-1])[0]
+    limit = {name: column.numpy() for name, column in limit.items()}            # (P, M) each
     curve = evaluate.limit_curve(limit["reward"])
     groups = grouped(aligned)
     frontier(run, groups, limit, curve)
@@ -200,6 +203,7 @@ def frontier(run, groups, limit, curve):
             kl, reward = evaluate.best_of_n(limit["reward"], n)
             best.append({"curve": "best-of-n", "kl": kl, "reward": reward, "beta_or_n_or_step": n})
     lines.append(("best-of-n", 1.8, ".:", f"best of n by the {judge} (KL: upper bound)", best))
+    lines = [line for line in lines if len(line[-1]) > 1]                       # without a limit: none
     columns = ("curve", "seed", "kl", "reward", "beta_or_n_or_step")
     drawn = [row for line in lines for row in line[-1]]
     write_csv(run.folder / "frontier.csv", columns, drawn + rows_of(groups))
@@ -253,7 +257,7 @@ def curves(run, groups):
 def density(run, groups):
     """Figures 3, 9: the weights of M responses of pi_sft to one prompt under the policies and pi*_beta."""
     cfg = run.cfg
-    M = min(2048, 2 * cfg.limit_responses)
+    M = min(2048, 2 * cfg.limit_responses or 512)
     beta = max(cfg.beta_pi * cfg.beta_r, 0.5)           # ours: at a smaller one few responses weigh all
     samples = read_tensors(run.folder / "reference" / "samples.safetensors")[0]
     prompt = stages.prompts_of(samples["ids"][0, :1], samples["mask"][0, :1])[0]
@@ -319,14 +323,15 @@ def table(run, aligned, limit, curve):
     before = read_tensors(run.folder / "reference" / "samples.safetensors")[0]
     sft, data = rewards(before), rewards(before, "data_")                       # (P, S) and (P,) each
     written_ended = ((before["data_ids"] == run.eos_id) & before["data_mask"]).any(1).float().mean()
-    reach = curve["kl"][curve["supported"]].max(initial=0)
+    reach = curve["kl"][curve["supported"]].max(initial=0) if limit["reward"].size > 1 else np.inf
     n = len(limit["reward"])
     rows = []
     for one in aligned:
         row = {"run": one.folder.name} | one.rows[-1]
         samples = read_tensors(one.samples)[0]
         row |= gains(one, samples, before, limit, own_unit=judge == "judge")
-        needed = evaluate.kl_needed(row["reward"] - one.rows[0]["reward"], curve)
+        gain = row["reward"] - one.rows[0]["reward"]
+        needed = evaluate.kl_needed(gain, curve) if gain > 2 * row["reward_se"] else None
         row["kl_ratio"] = row["kl"] / needed if needed else None
         for kl in (0.5, 1, 2):
             row[f"share_at_{kl:g}"] = evaluate.share_of_limit(kl, one.rows, curve)

@@ -205,31 +205,34 @@ def test_the_sampled_limit_is_biased_low_by_the_bias_it_reports():
 
 # ---- the share of the limit, best-of-n, win rates, the density ratio ---------------------------------------
 
-ROWS = [{"kl": 0.0, "reward": 1.0}, {"kl": 1.0, "reward": 3.0}, {"kl": 3.0, "reward": 4.0}]
+PASSAGE = ((0, 1), (0.9, 3), (0.525, 2), (3, 4))
+ROWS = [{"kl": kl, "reward": reward, "reward_se": 0.05} for kl, reward in PASSAGE]
 CURVE = {"kl": np.array([0.0, 1.0, 2.0, 4.0]), "reward": np.array([1.0, 4.0, 5.0, 6.0]), "start": 1.0,
          "supported": np.array([True, True, True, False])}
 
 
-def test_reward_at_a_kl_is_interpolated_where_the_method_passes_for_the_last_time():
-    for kl, reward in ((0.0, 1.0), (0.5, 2.0), (1.0, 3.0), (2.5, 3.75), (3.0, 4.0), (3.01, None)):
-        assert evaluate.reward_at(kl, ROWS) == reward
-    back = [*ROWS, {"kl": 2.0, "reward": 5.0}]
-    for kl, reward in ((2.0, 5.0), (2.5, 4.5), (1.5, 3.25), (0.5, 2.0)):
-        assert evaluate.reward_at(kl, back) == reward
-    assert evaluate.reward_at(2.0, [*back, back[-1]]) == 5.0         # a checkpoint that stands still
-
-
-def test_share_of_the_limit_is_the_gain_over_the_limits_gain(counts):
-    assert evaluate.share_of_limit(0.5, ROWS, CURVE) == pytest.approx((2.0 - 1.0) / (2.5 - 1.0))
-    assert evaluate.share_of_limit(2.0, ROWS, CURVE) == pytest.approx((3.5 - 1.0) / (5.0 - 1.0))
-    assert evaluate.share_of_limit(2.5, ROWS, CURVE) is None         # beyond the curve that is drawn
-    assert evaluate.share_of_limit(1.5, ROWS[:2], CURVE) is None     # the method never gets there
-    assert evaluate.share_of_limit(0.0, ROWS, CURVE | {"supported": np.zeros(4, bool)}) is None
+def test_share_of_the_limit_is_read_at_a_checkpoint_near_the_kl_and_never_between(counts):
+    """A method that jumps to a KL of .9 and falls back to .525 has its share at .5 from there."""
+    assert evaluate.share_of_limit(0.5, ROWS, CURVE) == pytest.approx((2 - 1) / (3 * 0.525))
+    assert evaluate.share_of_limit(1.0, ROWS, CURVE) == pytest.approx((3 - 1) / (3 * 0.9))
+    assert evaluate.share_of_limit(2.0, ROWS, CURVE) is None         # no checkpoint is near
+    assert evaluate.share_of_limit(3.0, ROWS, CURVE) is None         # beyond the curve that is drawn
+    assert evaluate.share_of_limit(0.5, ROWS, CURVE | {"supported": np.zeros(4, bool)}) is None
     curve = limit_curve(counts)
-    itself = [{"kl": 0.0, "reward": curve["start"]}]
-    itself += [{"kl": kl, "reward": reward} for kl, reward in zip(curve["kl"], curve["reward"])]
+    itself = [{"kl": 0.0, "reward": curve["start"], "reward_se": 0.0}]
+    for kl, reward in zip(curve["kl"], curve["reward"]):
+        itself.append({"kl": kl, "reward": reward, "reward_se": 0.0})
     for kl in (0.1, 0.5, 1.0, 1.6):
         assert evaluate.share_of_limit(kl, itself, curve) == pytest.approx(1, abs=0.01)
+
+
+def test_a_share_of_a_gain_that_chance_alone_could_make_is_none(counts):
+    noisy = [row | {"reward_se": 0.5} for row in ROWS]               # of a gain of 1.6
+    assert evaluate.share_of_limit(0.5, noisy, CURVE) is None
+    random = np.random.default_rng(0)
+    reward = torch.tensor(random.normal(size=(32, 4)))
+    almost_flat = counts * 0.01
+    assert evaluate.share_of_objective(2.0, reward, 0 * reward, 0 * reward, almost_flat) == (None, None)
 
 
 def test_best_of_n_is_the_mean_over_all_choices_of_n(counts):

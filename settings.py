@@ -117,7 +117,8 @@ class Config:
     eval_prompts: int = opt(256, "prompts of evaluation [paper: 512]", "reference align")
     eval_samples: int = opt(4, "responses to each [paper]", "reference align")
     limit_prompts: int = opt(32, "evaluation prompts that the limit uses; --method all: 64 [ours]", "limit")
-    limit_responses: int = opt(1024, "responses of pi_sft each; --method all: 4,096 [ours]", "limit")
+    limit_responses: int = opt(1024, "responses of pi_sft each, 0: no limit; --method all: 4,096; your data: "
+                               "256 [ours]", "limit")
 
     @property
     def own(self):
@@ -158,7 +159,7 @@ PRESETS = {"tiny": {}, "imdb-mini": IMDB_MINI, "imdb-small": IMDB_SMALL, "imdb":
            "imdb-large": IMDB | dict(init="gpt2-large", sample_batch=128, micro_batch_size=16)}
 ALL_METHODS = dict(rounds=8)
 ALL_ON_TINY = dict(limit_prompts=64, limit_responses=4096)
-OWN_DATA = dict(tokenizer="gpt2", labels="argmax",        # 0: as the file needs, `run.settle`
+OWN_DATA = dict(tokenizer="gpt2", labels="argmax", limit_responses=256,   # 0: as the file needs, `run.settle`
                 prompt_tokens=0, new_tokens=0, sft_steps=0, rm_steps=0, align_steps=0)
 WITH_ROUNDS = [("exo", "reward"), ("dpo", "reward")]
 SMOKE = dict(
@@ -246,7 +247,7 @@ def most_rounds(cfg):
 def impossible(cfg):
     """What is wrong with these values, in one sentence, or None."""
     zero = {"micro_batch_size", "save_every", "alpha", "ppo_warmup", "warmup", "pipeline",
-            "align_prompts", "vocab_size", "sft_segments"}
+            "align_prompts", "vocab_size", "sft_segments", "limit_responses"}
     if cfg.own:
         zero |= {name for name, value in OWN_DATA.items() if value == 0}
     for setting in fields(cfg):

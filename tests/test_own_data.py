@@ -68,10 +68,10 @@ def test_a_small_file_gets_the_steps_that_it_needs_and_keeps_the_best_on_held_ou
     run = Run(cfg, torch.device("cpu"), bf16=False)
     settle(run)
     assert (cfg.sft_steps, cfg.rm_steps, cfg.align_steps) == (300, 100, 29)
-    cfg.sft_steps = 30
+    cfg.sft_steps = 60
     folder = stages.sft(run)
     report = read_json(folder / "report.json")
-    assert report["step_kept"] < 30
+    assert report["step_kept"] < 60
     loss = stages.held_out_loss(run, run.policy(folder))
     assert loss["test_nats_per_token"] == pytest.approx(report["test_nats_per_token"])
 
@@ -95,6 +95,15 @@ def test_warnings_of_the_table_are_printed(pairs):
     with open(run / "table.csv", newline="") as file:
         sentences = next(csv.DictReader(file))["warnings"].split("; ")
     assert sentences[0] and all(f"warning: exo-preferences-s0: {one}\n" in printed for one in sentences)
+
+
+def test_without_the_limits_samples_all_else_is_there(pairs, tmp_path):
+    folder = shutil.copytree(pairs[0], tmp_path / "run", ignore=shutil.ignore_patterns("limit*", "*.png"))
+    ended = align(folder, pairs[1], "--limit-responses", "0")
+    assert ended.code == 0, ended.err
+    assert (folder / "frontier.png").exists() and not list(folder.glob("limit*"))
+    assert "limit" not in (folder / "frontier.csv").read_text()
+    assert "that the limit's samples support" not in ended.out
 
 
 JUDGE = """

@@ -97,7 +97,7 @@ def test_the_table_tells_the_gain_in_the_objective(tiny):
         gain = float(row["reward"]) - 0.5 * float(row["kl"]) - start
         assert least <= float(row["objective_share"]) <= 1
         assert float(row["objective_share"]) == pytest.approx(gain / best_gain, abs=1e-3)
-        assert float(row["kl_ratio"]) > 1 and 0.2 < float(row["share_at_0.5"]) < 1
+        assert float(row["kl_ratio"]) > 1
     assert pairs["model_share"] == ""
     assert float(rounds["model_share"]) > float(rounds["objective_share"])     # the model's pi* gains less
     for folder in (row["run"] for row in (pairs, rounds)):

@@ -2,6 +2,7 @@
 
 frontier.png: reward against KL, the limit, best-of-n (paper, Figure 2); where that leaves alignments out,
 frontier-all.png.  accuracy.png: Figure 7.  curves.png: reward on the way and its spread (Figure 8).
+training.png: loss, margin, implicit rewards of each step.
 density.png: pi / pi_sft against log pi_sft (Figures 3, 9).  table.csv: Tables 1, 2.  The numbers of a figure
 are in a csv of its name.
 """
@@ -126,7 +127,9 @@ def draw(run):
         accuracy(run, groups)
     curves(run, groups)
     density(run, selected([group for group in groups if group.family[0] in ("exo", "dpo")]))
+    training(run, groups)
     table(run, aligned, limit, curve)
+    print(f"\nfigures: {run.folder}/frontier.png and others · samples: {aligned[-1].folder}/samples.md")
 
 
 def progress(run):
@@ -253,6 +256,23 @@ def curves(run, groups):
     write_csv(run.folder / "curves.csv", ("run", "step", "reward", "within_prompt_sd"), rows_of(groups))
 
 
+def training(run, groups):
+    """What metrics.csv has of each step, of the first seed of a line; PPO has no margin."""
+    figure, loss, margin, both = canvas(run, "", "step", "loss", "implicit reward: margin",
+                                        "of the chosen; of the rejected, dotted")
+    figure.suptitle(f"{run.folder.name}: the batches of training")
+    panels = {"loss": loss, "rewards_margin": margin, "rewards_chosen": both, "rewards_rejected": both}
+    for group in groups:
+        rows = evaluate.read_csv(group.members[0].folder / "metrics.csv")
+        look = group.look | {"marker": "", "linewidth": 1}
+        for name, axes in panels.items():
+            if name in rows[0]:
+                look["linestyle"] = ":" if name == "rewards_rejected" else "-"
+                values = [row[name] for row in rows]
+                axes.plot([row["step"] for row in rows], values, label=group.label, **look)
+    save(figure, run.folder / "training.png")
+
+
 @torch.no_grad()
 def density(run, groups):
     """Figures 3, 9: the weights of M responses of pi_sft to one prompt under the policies and pi*_beta."""
@@ -294,7 +314,9 @@ def density(run, groups):
             rows.append({"curve": name, "log_ref": at, "ratio": value, "effective_samples": ess})
     axes.axhline(1, color=COLORS["sft"], linewidth=0.8)
     axes.set_yscale("log", base=2)
-    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_major_formatter("{x:.3g}")
+    low, high = axes.get_ylim()
+    axes.set_ylim(min(low, 0.4), max(high, 2.5))        # three ticks at least
     save(figure, run.folder / "density.png")
     write_csv(run.folder / "density.csv", list(rows[0]), rows)
 

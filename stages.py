@@ -32,7 +32,17 @@ from checkpoint import (
 )
 from compute import Sums, UserError, adamw, batch_by_length, cosine, micro_batches, rng, update
 from evaluate import measure, within_prompt_sd
-from model import GPT, GPTConfig, ScalarGPT, respond, sequence_logprob, token_logprob, trim
+from model import (
+    GPT,
+    RELEASED,
+    GPTConfig,
+    ScalarGPT,
+    open_folder,
+    respond,
+    sequence_logprob,
+    token_logprob,
+    trim,
+)
 
 # ---- SFT and the oracle -------------------------------------------------------------------------------
 
@@ -95,17 +105,27 @@ def sft(run):
 
 def initial_gpt(run):
     """The model that SFT starts from: released or saved weights (--init), or random ones."""
+    if run.cfg.init:
+        return GPT.from_pretrained(run.cfg.init)
+    torch.manual_seed(run.cfg.pipeline)
+    return GPT(model_config(run))
+
+
+def model_config(run):
+    """Its sizes, before any weights are read; UserError where --init does not fit.  -> GPTConfig"""
     cfg = run.cfg
     if not cfg.init:
-        torch.manual_seed(cfg.pipeline)
-        return GPT(GPTConfig(cfg.n_layer, cfg.n_head, cfg.n_embd, run.encoding.n_vocab, run.block_size))
-    gpt = GPT.from_pretrained(cfg.init)
-    for what, there, needed in (("positions (its block size)", gpt.config.block_size, run.block_size),
-                                ("tokens in its vocabulary", gpt.config.vocab_size, run.encoding.n_vocab)):
+        return GPTConfig(cfg.n_layer, cfg.n_head, cfg.n_embd, run.encoding.n_vocab, run.block_size)
+    if cfg.init in RELEASED:
+        config = GPTConfig(*RELEASED[cfg.init][:3], vocab_size=50257, block_size=1024)
+    else:
+        config = open_folder(cfg.init)[0]
+    for what, there, needed in (("positions (its block size)", config.block_size, run.block_size),
+                                ("tokens in its vocabulary", config.vocab_size, run.encoding.n_vocab)):
         if there < needed:
             raise UserError(f"--init {cfg.init} has {there:,} {what}, {needed:,} are needed: choose other "
                             "weights, or lower --prompt-tokens and --new-tokens")
-    return gpt
+    return config
 
 
 @torch.no_grad()

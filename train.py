@@ -83,7 +83,7 @@ def train_exo_dpo(run, training):
             sums.add(len(part), loss=loss * len(part), **margins, tokens=mask.sum())
         lr = cfg.align_lr * cosine(step, cfg.align_steps, cfg.warmup)
         means = update(training.optimizer, lr, sums, index, f"{method}, step {step + 1}")
-        training.record(step, means, means["tokens"] * len(index), bar)
+        training.record(step, means | {"lr": lr}, means["tokens"] * len(index), bar)
 
 
 CANDIDATES = ("ids", "mask", "ref_logp", "reward")                   # (P, K, T) x2, (P, K) x2
@@ -209,7 +209,7 @@ def train_xpo(run, training):
             closed.append(round=torch.tensor([t]))
             bar.write(f"round {t + 1} ends early at step {step + 1}: log pi / pi_sft of pi_sft's responses "
                       f"fell below {floor:.1f} nats, further than the rewards can ask for")
-        training.record(step, means, means["tokens"] * len(index), bar)
+        training.record(step, means | {"lr": lr}, means["tokens"] * len(index), bar)
 
 
 def xpo_schedule(cfg):
@@ -259,7 +259,7 @@ def train_ppo(run, training):
             eos_id=run.eos_id, generator=rng("ppo rollout", seed, step), epochs=cfg.ppo_epochs,
             minibatches=cfg.ppo_minibatches, critic_only=step < critic_alone, sample_batch=cfg.sample_batch,
             micro_batch_size=cfg.micro_batch_size, where=f"ppo, step {step + 1}")
-        training.record(step, stats, stats["length"] * cfg.ppo_batch, bar)
+        training.record(step, stats | {"lr": cfg.ppo_lr * factor}, stats["length"] * cfg.ppo_batch, bar)
 
 
 # ---- what the loops share -----------------------------------------------------------------------------
@@ -456,6 +456,25 @@ def introduce(cfg, why, device, bf16):
           f"{device.type} {where} · {products} · torch {torch.__version__} · {cfg.run}")
 
 
+def announce(run):
+    """Two lines: what the command makes where it is not there yet, and the disk that it takes at most."""
+    cfg = run.cfg
+    plans = len(cfg.seeds) * len(plan(cfg))
+    model = stages.model_config(run)
+    weights = 4 * (12 * model.n_layer * model.n_embd + model.vocab_size + model.block_size) * model.n_embd
+    kept = {"all": cfg.checkpoints, "best": 2, "last": 1}[cfg.keep]
+    row = 5 * run.block_size                                         # ids in int32, and the mask
+    evaluated = cfg.eval_prompts * cfg.eval_samples
+    models = (2 if run.own else 3) + plans * kept + 6                # 6: two saves of weights and moments
+    disk = models * weights + row * (cfg.prompts * cfg.responses + plans * cfg.checkpoints * evaluated)
+    scores = "" if run.own else f"oracle {cfg.oracle_steps:,}, "
+    print(f"steps: sft {cfg.sft_steps:,}, {scores}reward model {cfg.rm_steps:,}; alignments: {plans}, "
+          f"evaluated {cfg.checkpoints} times each")
+    print(f"samples: {cfg.prompts * cfg.responses:,} responses, {evaluated:,} an evaluation, "
+          f"{cfg.limit_prompts * cfg.limit_responses:,} for the limit · disk: {disk / 1e6:,.0f} MB at most, "
+          f"with --keep {cfg.keep}")
+
+
 def main(argv=None):
     cfg, why = parse(argv)
     held = None
@@ -471,6 +490,7 @@ def main(argv=None):
             raise UserError(f"--judge {cfg.judge} is no function")
         if run.own:
             settle(run)
+        announce(run)
         for seed in cfg.seeds:
             for method, feedback, K, rounds in plan(cfg):
                 align(run, method, feedback, K, rounds, seed)

@@ -21,9 +21,16 @@ from settings import Config, parse
 def test_one_command_leaves_policies_metrics_samples_and_the_frontier(first_run):
     folder, ended = first_run
     assert "preset tiny (as asked" in ended.out and "cpu" in ended.out and ALIGNED in ended.out
-    for name in ("frontier", "accuracy", "curves", "density"):
+    for name in ("frontier", "accuracy", "curves", "density", "training"):
         assert (folder / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
-    assert [row["step"] for row in read_csv(folder / ALIGNED / "metrics.csv")] == [1, 2, 3, 4, 5, 6]
+    metrics = read_csv(folder / ALIGNED / "metrics.csv")
+    assert [row["step"] for row in metrics] == [1, 2, 3, 4, 5, 6]
+    assert metrics[0]["lr"] == 1e-4 and 0 < metrics[-1]["lr"] < metrics[1]["lr"]
+    assert "steps: sft 6, oracle 6, reward model 6; alignments: 1, evaluated 2 times each" in ended.out
+    assert "samples: 256 responses, 32 an evaluation, 512 for the limit" in ended.out
+    disk = int(ended.out.split("disk: ")[1].split(" MB")[0])         # MB, while it runs; some is removed
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6 < disk + 1
+    assert ended.out.endswith(f"{folder}/frontier.png and others · samples: {folder / ALIGNED}/samples.md\n")
     rows = read_csv(folder / ALIGNED / "eval.csv")
     assert len(rows) == 3 and rows[0]["step"] == rows[0]["kl"] == 0 and rows[-1]["step"] == 6
     assert "π_sft" in (folder / ALIGNED / "samples.md").read_text(encoding="utf-8")

@@ -289,6 +289,30 @@ def tiny_encoding():
                              special_tokens={"<|endoftext|>": len(ranks)})
 
 
+def tokenizer_json(encoding):
+    """A tiktoken encoding as the tokenizer.json that transformers opens.
+
+    tiktoken takes a piece of text whole where it is a token, else merges neighbours, the lowest rank first.
+    """
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]   # GPT-2 writes each byte as a letter
+    hidden = [b for b in range(256) if b not in visible]
+    letter = {b: chr(b) for b in visible} | {b: chr(256 + n) for n, b in enumerate(hidden)}
+    ranks = {"".join(letter[b] for b in token): rank for token, rank in encoding._mergeable_ranks.items()}
+    merges = []
+    for token in sorted(ranks, key=ranks.get):
+        splits = [(token[:i], token[i:]) for i in range(1, len(token))]
+        merges += [f"{left} {right}" for left, right in splits if left in ranks and right in ranks]
+    end = {"id": encoding.eot_token, "content": "<|endoftext|>", "special": True, "single_word": False,
+           "lstrip": False, "rstrip": False, "normalized": False}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    pattern = {"Regex": encoding._pat_str}
+    split = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [end], "normalizer": None,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+            "post_processor": None, "decoder": byte_level,
+            "model": {"type": "BPE", "ignore_merges": True, "vocab": ranks, "merges": merges}}
+
+
 def load_tiny(n_train, n_test, encoding):
     """The grammar's reviews as ids -> {"train": Reviews, "test": Reviews}, always the same ones."""
     reviews = {}

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 import data
-from checkpoint import finished, read_json
+from checkpoint import finished, read_json, write_json
 from compute import UserError, arithmetic, pick_device, rng
 from evaluate import read_csv
 from model import GPT, ScalarGPT
@@ -152,6 +152,17 @@ class Run:
 
     def policy(self, folder):
         return self.placed(GPT.from_pretrained(folder))
+
+    def save_policy(self, gpt, folder):
+        """Weights, tokenizer and how it samples, as transformers opens them.  -> model.safetensors' sha256"""
+        end = {"bos_token_id": self.eos_id, "eos_token_id": self.eos_id, "pad_token_id": self.eos_id}
+        sampling = {"do_sample": True, "temperature": self.cfg.temperature, "top_k": 0, "top_p": 1.0,
+                    "max_length": self.block_size}
+        names = dict.fromkeys(("bos_token", "eos_token", "pad_token"), "<|endoftext|>")
+        write_json(folder / "tokenizer.json", data.tokenizer_json(self.encoding))
+        write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"} | names)
+        write_json(folder / "generation_config.json", sampling | end)
+        return gpt.save_pretrained(folder, self.eos_id)
 
     def placed(self, gpt):
         """A model on the device, in its arithmetic, compiled block by block where --compile asks for it."""

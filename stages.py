@@ -90,7 +90,7 @@ def sft(run):
             nats = held_out_loss(run, gpt)["test_nats_per_token"]
             held_out.append(step=torch.tensor([step + 1]), nats=torch.tensor([nats]))
             if held_out.columns["nats"].argmin() == len(held_out) - 1:
-                gpt.save_pretrained(folder, run.eos_id)
+                run.save_policy(gpt, folder)
     kept = {}
     if run.own:                                           # a small file is soon learned by heart
         gpt = run.policy(folder)
@@ -99,7 +99,7 @@ def sft(run):
     print(f"sft: perplexity {report['test_perplexity']:.2f} on held-out texts, of a vocabulary of "
           f"{run.encoding.n_vocab}")
     write_json(folder / "report.json", report)
-    finish(folder, **{"model.safetensors": gpt.save_pretrained(folder, run.eos_id)})
+    finish(folder, **{"model.safetensors": run.save_policy(gpt, folder)})
     return folder
 
 

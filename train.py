@@ -353,7 +353,7 @@ class Training:
         generator = rng("evaluate", self.seed, step)
         samples = stages.evaluation(run, self.policy, self.ref, self.evaluator, generator)
         row = self.evaluated(samples)
-        self.policy.save_pretrained(folder, run.eos_id)
+        run.save_policy(self.policy, folder)
         write_tensors(self.folder / "samples" / f"{folder.name}.safetensors", samples)
         self.evaluations.write(step=step, **row)                     # last: a row says that the rest is there
         learned = f"loss {means['loss']:.3f}, " if means else ""

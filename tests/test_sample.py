@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import sample
 from compute import UserError, rng
@@ -139,6 +140,27 @@ def test_a_prompt_has_any_length_that_the_context_leaves_room_after(finished):
         said = f"a prompt of {words} tokens with {asked or 1} to follow does not fit into the context of 72"
         with pytest.raises(UserError, match=said):
             sample.encode(open_run(finished), " film" * words, 72, asked)
+
+
+def test_transformers_reads_the_same_tokens_and_samples_the_same_policy(copy):
+    transformers = pytest.importorskip("transformers")
+    edit(copy / "config.json", temperature=0.5)
+    run = open_run(copy)
+    folder = copy / "there"
+    ours = run.policy(copy / EXO / "step-00010")
+    run.save_policy(ours, folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    text = PROMPT + ", caf\u00e9 \n twice"
+    ids = run.encoding.encode_ordinary(text)
+    assert tokenizer(text)["input_ids"] == ids and tokenizer.decode(ids) == text
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    drawn = theirs.generate(torch.tensor([ids]), return_dict_in_generate=True, output_scores=True)
+    assert drawn.sequences.shape[1] <= 72
+    with torch.no_grad():
+        logp = (ours(torch.tensor([ids]))[0, -1] / 0.5).log_softmax(-1)
+    torch.testing.assert_close(drawn.scores[0][0].log_softmax(-1), logp, rtol=1e-4, atol=1e-4)
+    write = transformers.pipeline("text-generation", str(folder))
+    assert write(PROMPT)[0]["generated_text"].startswith(PROMPT)
 
 
 def test_what_cannot_be_done_is_one_sentence(copy, tmp_path):

@@ -146,8 +146,12 @@ def tokenize_imdb(paths, encoding, cached):
     """Writes the reviews' ids to the file `cached`, unless it is there."""
     if cached.exists():
         return
+    reviews = list(read_imdb(paths))
+    if all(label is None for _, label, _ in reviews):
+        raise UserError(f"{' '.join(map(str, paths))}: there are no labelled reviews: name the archive of "
+                        "train/pos and train/neg too, by --imdb")
     ids, labels, train = [], [], []
-    for split, label, text in tqdm(read_imdb(paths), desc=f"tokenize into {cached}", unit=" reviews"):
+    for split, label, text in tqdm(reviews, desc=f"tokenize into {cached}", unit=" reviews"):
         ids.append(np.array(encoding.encode_ordinary(text), dtype=np.int32))
         labels.append(-1 if label is None else label)
         train.append(split == "train")

@@ -10,11 +10,13 @@ Shapes: P prompts, S responses of a policy to each, M of pi_sft; N rows of T tok
 """
 import csv
 import math
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from compute import UserError
 from model import respond, rows_at_once
 
 # ---- sampling and scoring a policy -------------------------------------------------------------------------
@@ -248,7 +250,9 @@ def density_ratio(s, weight, grid):
 
 
 def read_csv(path):
-    """A list of {column: float}; an empty cell is nan."""
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
+    """A list of {column: float}; an empty cell is nan.  UserError where the last line is cut short."""
+    text = Path(path).read_text()
+    if not text.endswith("\n"):
+        raise UserError(f"{path} is cut short: remove its folder, and it is made again")
+    rows = csv.DictReader(text.splitlines())
     return [{name: float(cell or "nan") for name, cell in row.items()} for row in rows]

@@ -223,7 +223,8 @@ class Aligned:
     @property
     def samples(self):
         """The file of its last checkpoint's responses."""
-        return self.folder / "samples" / f"{self.last.name}.safetensors"
+        path = self.folder / "samples" / f"{self.last.name}.safetensors"
+        return path if path.exists() else self.last / "samples.safetensors"              # of an older run
 
     @property
     def has_weights(self):
@@ -265,10 +266,16 @@ def settle(run):
     train = run.preferences["train"]
     test = run.preferences["test"]
     n, K = len(train), len(train[0].responses)
+    if n < 10 or len(test) < 2:
+        raise UserError(f"{cfg.data}: {n} rows to train on and {len(test)} held out, 10 and 2 are the least")
     longest_prompt = max(len(row.prompt) for row in [*train, *test])
     longest_response = max(len(response) for row in [*train, *test] for response in row.responses)
     cfg.prompt_tokens = cfg.prompt_tokens or longest_prompt
     cfg.new_tokens = cfg.new_tokens or longest_response + 1               # its end-of-text
+    ends = [len(row.prompt) + len(response) for row in train for response in row.responses]
+    cut = sum(end >= run.block_size for end in ends)
+    if cut:
+        print(f"{cfg.data}: {cut:,} of {len(ends):,} responses are cut, at --prompt-tokens and --new-tokens")
     sft_passes, rm_passes, align_passes = (5, 3, 1) if cfg.init else (20, 10, 3)    # paper; ours from scratch
     sft_least, rm_least, align_least = (50, 50, 50) if cfg.init else (300, 100, 25)                     # ours
     cfg.sft_steps = cfg.sft_steps or max(sft_least, math.ceil(sft_passes * n / cfg.sft_batch))

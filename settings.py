@@ -4,6 +4,7 @@ A run's settings are Config's defaults, which are the tiny preset, then the pres
 ask for, --smoke's, and the flags of the command line: the later ones win.
 """
 import argparse
+import difflib
 import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -171,6 +172,11 @@ SMOKE = dict(
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
+        start = "unrecognized arguments: "
+        if message.startswith(start):
+            wrong = message.removeprefix(start).split()[0]
+            for meant in difflib.get_close_matches(wrong, self._option_string_actions, 1):
+                message += f" (did you mean {meant}?)"
         self.exit(2, f"{self.prog}: {message}: see python {self.prog} --help\n")
 
 

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 import data
+import model
 from checkpoint import (
     Log,
     Rows,
@@ -32,17 +33,7 @@ from checkpoint import (
 )
 from compute import Sums, UserError, adamw, batch_by_length, cosine, micro_batches, rng, update
 from evaluate import measure, within_prompt_sd
-from model import (
-    GPT,
-    RELEASED,
-    GPTConfig,
-    ScalarGPT,
-    open_folder,
-    respond,
-    sequence_logprob,
-    token_logprob,
-    trim,
-)
+from model import GPT, GPTConfig, ScalarGPT, respond, sequence_logprob, token_logprob, trim
 
 # ---- SFT and the oracle -------------------------------------------------------------------------------
 
@@ -116,10 +107,10 @@ def model_config(run):
     cfg = run.cfg
     if not cfg.init:
         return GPTConfig(cfg.n_layer, cfg.n_head, cfg.n_embd, run.encoding.n_vocab, run.block_size)
-    if cfg.init in RELEASED:
-        config = GPTConfig(*RELEASED[cfg.init][:3], vocab_size=50257, block_size=1024)
+    if cfg.init in model.RELEASED:
+        config = GPTConfig(*model.RELEASED[cfg.init][:3], vocab_size=50257, block_size=1024)
     else:
-        config = open_folder(cfg.init)[0]
+        config = model.open_folder(cfg.init)[0]
     for what, there, needed in (("positions (its block size)", config.block_size, run.block_size),
                                 ("tokens in its vocabulary", config.vocab_size, run.encoding.n_vocab)):
         if there < needed:

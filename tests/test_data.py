@@ -104,6 +104,12 @@ def test_what_is_not_imdb_is_refused(tmp_path):
         refused(partial(read_all, path), str(path), name, "outside")
 
 
+def test_unlabelled_reviews_alone_are_refused_before_they_are_tokenized(tmp_path, cache):
+    path = make(tmp_path, "a.tar.gz", {"aclImdb/train/unsup/3_0.txt": b"Seen it"})
+    tokenize = partial(data.tokenize_imdb, [path], None, cache / "ids")
+    refused(tokenize, str(path), "no labelled reviews", "--imdb")
+
+
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("EXO_CACHE", str(tmp_path / "cache"))

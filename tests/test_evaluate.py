@@ -11,7 +11,7 @@ import torch
 import data
 import evaluate
 import figures
-from compute import rng
+from compute import UserError, rng
 from evaluate import beta_at, density_ratio, gap_to_limit, limit_at, limit_curve, win_rate
 from run import Aligned
 
@@ -315,6 +315,12 @@ def test_copies_of_a_sample_do_not_shrink_its_standard_error():
     assert two == pytest.approx(one)
     assert one["reward_se"] == pytest.approx(float(reward.mean(1).std()) / math.sqrt(40))
     assert one["kl_se"] == pytest.approx(2 * one["reward_se"])
+
+
+def test_a_csv_that_is_cut_short_is_named(tmp_path):
+    (tmp_path / "eval.csv").write_text("step,kl\n1,0.25\n2,0.")
+    with pytest.raises(UserError, match="eval.csv is cut short"):
+        evaluate.read_csv(tmp_path / "eval.csv")
 
 
 def test_a_row_holds_the_plain_means():

@@ -1,5 +1,7 @@
 """Runs on a user's own preferences: from the file to aligned policies, judged by the reward model."""
+import contextlib
 import csv
+import io
 import json
 import random
 import shutil
@@ -205,6 +207,22 @@ def test_faulty_rows_stop_the_run_before_anything_trains(tmp_path):
     ended = align(tmp_path / "run", file)
     assert ended.code == 1 and f"{file}:1: missing key 'rejected'" in ended.err
     assert not (tmp_path / "run/sft").exists()
+
+
+def test_three_rows_are_too_few_and_cut_responses_are_counted(tmp_path):
+    file = write(tmp_path / "prefs.jsonl", 3, "pairs")
+    ended = align(tmp_path / "run", file)
+    assert ended.code == 1 and ended.err.count("\n") == 1 and "10 and 2 are the least" in ended.err
+    assert not (tmp_path / "run").exists()
+    file = write(tmp_path / "prefs.jsonl", 60, "pairs")
+    flags = ["--tokenizer", "tiny", "--device", "cpu", "--new-tokens", "8"]
+    cfg, _ = settings.parse(["--data", str(file), *flags])
+    run = Run(cfg, torch.device("cpu"), bf16=False)
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        settle(run)
+    long = [row for row in run.preferences["train"] for response in row.responses
+            if len(row.prompt) + len(response) >= cfg.prompt_tokens + 8]
+    assert long and f"{len(long)} of 108 responses are cut" in said.getvalue()
 
 
 def test_weights_of_ones_own_ask_for_the_settings_of_released_weights():

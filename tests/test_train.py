@@ -148,7 +148,7 @@ def test_the_help_names_every_setting_and_the_origin_of_every_number(capsys):
 
 
 @pytest.mark.parametrize("arguments, sentence", [
-    ("--preset huge", "invalid choice: 'huge'"), ("--sft-stepz 3", "unrecognized arguments: --sft-stepz"),
+    ("--preset huge", "invalid choice: 'huge'"), ("--sft-stepz 3", "did you mean --sft-steps?"),
     ("--beta-pi -1", "--beta-pi must be positive"), ("--beta-r nan", "--beta-r must be positive"),
     ("--held-out 1", "--held-out must lie in (0, 1)"), ("--eps 0.5", "must lie in (0, 0.5)"),
     ("--warmup 1", "--warmup must lie in [0, 1)"), ("--rounds 4", "--rounds is for --method exo and dpo"),

@@ -40,6 +40,7 @@ class Config:
                       ["auto", "tiny", "imdb-mini", "imdb-small", "imdb", "imdb-large"])
     run: str = opt("", "the folder of this run's artifacts (default: runs/PRESET)")
     smoke: bool = opt(False, "all stages at a toy size, in seconds: does it run from end to end?")
+    dry_run: bool = opt(False, "print what each stage takes, and which flags fit the memory; train nothing")
     device: str = opt("auto", "where to compute", "", ["auto", "cpu", "cuda", "mps"])
     matmul: str = opt("highest", "float32 products; with bf16 high [ours]", "", ["highest", "high", "medium"])
     compile: bool = opt(False, "torch.compile the policy's blocks [ours]")

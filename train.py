@@ -13,6 +13,7 @@ import torch
 
 import checkpoint
 import compute
+import dryrun
 import figures
 import ppo
 import stages
@@ -479,6 +480,8 @@ def main(argv=None):
     cfg, why = parse(argv)
     held = None
     try:
+        if cfg.dry_run:
+            return dryrun.report(cfg, plan(cfg))
         device = compute.start(compute.pick_device(cfg.device))
         bf16 = compute.arithmetic(device, cfg.matmul)
         introduce(cfg, why, device, bf16)

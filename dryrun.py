@@ -34,7 +34,7 @@ def stages(cfg, plan):
     yield Stage("oracle", cfg.oracle_steps, cfg.oracle_batch, trained=1)
     yield Stage("responses", sampled=cfg.prompts * cfg.responses, fixed=2)
     if any(feedback == "reward" for _, feedback, _, _ in plan):
-        yield Stage("reward_model", cfg.rm_steps, 2 * cfg.rm_batch, trained=1)
+        yield Stage("reward_model", cfg.rm_steps, cfg.rm_responses * cfg.rm_batch, trained=1)
     for method, feedback, K, rounds in plan:
         name = f"{method}-{feedback}" + (f"-k{K}" if K else "") + (f"-rounds{rounds}" if rounds > 1 else "")
         one = Stage(name, cfg.align_steps, (K or 2) * cfg.align_batch, trained=1, fixed=2)
@@ -55,7 +55,7 @@ def stages(cfg, plan):
 
 def shape(cfg):
     """-> GPTConfig of the run's model, without reading its weights"""
-    V = 50257 if cfg.tokenizer == "gpt2" else data.tiny_encoding().n_vocab
+    V = (cfg.vocab_size or 50256) + 1 if cfg.tokenizer == "gpt2" else data.tiny_encoding().n_vocab
     if cfg.init in RELEASED:
         return GPTConfig(*RELEASED[cfg.init][:3], vocab_size=50257, block_size=1024)
     if cfg.init:
@@ -101,12 +101,12 @@ def memory(cfg, config, stage, cuda):
     return [size / 1e9 for size in (*parts, in_training, in_sampling)]
 
 
-def fitting(cfg, config, found, cuda, room):
+def fitting(cfg, config, planned, cuda, room):
     """In words: the flags, halved as often as needed, with which all stages fit into `room` GB."""
-    first = replace(cfg, micro_batch_size=cfg.micro_batch_size or max(stage.batch for stage in found))
+    first = replace(cfg, micro_batch_size=cfg.micro_batch_size or max(stage.batch for stage in planned))
     cfg = first
     for name, peak in (("micro_batch_size", -2), ("sample_batch", -1)):
-        while max(memory(cfg, config, stage, cuda)[peak] for stage in found) > room:
+        while max(memory(cfg, config, stage, cuda)[peak] for stage in planned) > room:
             if getattr(cfg, name) == 1:
                 return "too little, whatever the flags"
             cfg = replace(cfg, **{name: getattr(cfg, name) // 2})
@@ -120,12 +120,12 @@ def report(cfg, plan):
         raise UserError("--dry-run reads no file: leave out --data, give --prompt-tokens and --new-tokens")
     cuda = torch.cuda.is_available() if cfg.device == "auto" else cfg.device == "cuda"
     config = shape(cfg)
-    found = list(stages(cfg, plan))
+    planned = list(stages(cfg, plan))
     T = cfg.prompt_tokens + cfg.new_tokens
     print(f"preset {cfg.preset}, {'bfloat16 on CUDA' if cuda else 'float32 on the CPU'}, rows of {T} tokens, "
           f"{config}\n{'':31}tokens, millions          GB at once: activa-               the\n"
           f"{'':26}steps trained sampled  PFLOP weights optimizer tions logits  cache   most")
-    for stage in found:
+    for stage in planned:
         *parts, most, most_sampling = memory(cfg, config, stage, cuda)
         tokens = [stage.steps * stage.batch * T / 1e6, stage.sampled * T / 1e6]
         numbers = [*tokens, operations(config, stage, T) / 1e15, *parts, max(most, most_sampling)]
@@ -133,6 +133,6 @@ def report(cfg, plan):
     here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     if torch.cuda.is_available():
         here = torch.cuda.get_device_properties(0).total_memory / 1e9
-    print(f"this machine, {here:.0f} GB: {fitting(cfg, config, found, cuda, ROOM * here)}")
+    print(f"this machine, {here:.0f} GB: {fitting(cfg, config, planned, cuda, ROOM * here)}")
     for size in (24, 48, 80):
-        print(f"a GPU of {size} GB: {fitting(cfg, config, found, True, ROOM * size)}")
+        print(f"a GPU of {size} GB: {fitting(cfg, config, planned, True, ROOM * size)}")

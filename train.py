@@ -272,23 +272,27 @@ class Training:
         self.run, self.method, self.feedback = run, method, feedback
         self.K, self.rounds, self.seed = K, rounds, seed
         self.folder = run.folder / name_of(run.cfg, method, feedback, K, rounds, seed)
+
+    def begin(self):
+        """Makes the stages before it, then all that the loops need.  -> False where it is finished already"""
+        run = self.run
         sft, oracle = stages.sft(run), stages.oracle(run)
         upstream = [sft, oracle, stages.responses(run)]
-        if feedback == "reward":
+        if self.feedback == "reward":
             upstream.append(stages.climbed(run))
-        self.finished = begin(self.folder, self.settings(), upstream, self.about())
-        if self.finished:
-            return
+        if begin(self.folder, self.settings(), upstream, self.about()):
+            return False
         self.policy = run.policy(sft)
         self.ref = run.policy(sft)
         self.judge = stages.judge(run)                               # of XPO's labels
         self.evaluator = stages.evaluator(run)
         self.held_out = stages.own_responses(run, "test") if run.own else None
-        self.optimizer = adamw(self.policy, run.cfg.align_lr, eps=1e-5 if method == "ppo" else 1e-8)
+        self.optimizer = adamw(self.policy, run.cfg.align_lr, eps=1e-5 if self.method == "ppo" else 1e-8)
         self.metrics = Log(self.folder / "metrics.csv")
         self.evaluations = Log(self.folder / "eval.csv")
         self.start = read_tensors(stages.reference(run) / "samples.safetensors")[0]      # pi_sft's responses
         self.tokens = self.seconds = 0.0                             # trained on since the last printed line
+        return True
 
     def settings(self):
         kind = self.method if self.method in ("ppo", "xpo") else "offline"
@@ -301,13 +305,11 @@ class Training:
         """What figures and sample.py read in stage.json."""
         cfg = self.run.cfg
         steps = {"ppo": cfg.ppo_steps, "xpo": len(xpo_schedule(cfg))}.get(self.method, cfg.align_steps)
-        prompts = cfg.align_prompts or cfg.prompts
-        return {"method": self.method, "steps": steps, "feedback": self.feedback, "reward": cfg.reward,
-                "K": self.K,
-                "rounds": self.rounds, "prompts": prompts, "beta_pi": cfg.beta_pi,
-                "beta_r": cfg.beta_r, "alpha": cfg.alpha if self.method == "xpo" else 0.0,
-                "lr": cfg.ppo_lr if self.method == "ppo" else cfg.align_lr, "labels": cfg.labels,
-                "seed": self.seed}
+        return {"method": self.method, "feedback": self.feedback, "reward": cfg.reward, "labels": cfg.labels,
+                "K": self.K, "rounds": self.rounds, "prompts": cfg.align_prompts or cfg.prompts,
+                "beta_pi": cfg.beta_pi, "beta_r": cfg.beta_r,
+                "alpha": cfg.alpha if self.method == "xpo" else 0.0,
+                "steps": steps, "lr": cfg.ppo_lr if self.method == "ppo" else cfg.align_lr, "seed": self.seed}
 
     def steps(self, total, frozen=0, **state):
         """Yields (step, progress bar), resumable; state: what the loop keeps beside policy and optimizer.
@@ -432,8 +434,9 @@ def plan(cfg):
 def align(run, method, feedback, K, rounds, seed):
     """One alignment, unless it is there: pi_sft trained by the method, evaluated on the way."""
     training = Training(run, method, feedback, K, rounds, seed)
+    unfinished = training.begin()
     checkpoint.write_json(run.folder / "config.json", vars(run.cfg))    # once the stages accepted them
-    if training.finished:
+    if not unfinished:
         return
     if method == "ppo":
         train_ppo(run, training)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from compute import UserError, agreed, on_first, rank
 
-FORMAT = 2                                                # of stages and saves; raised when they change
+FORMAT = 3                                                # of stages and saves; raised when they change
 DTYPES = {"F64": torch.float64, "I64": torch.int64, "F32": torch.float32, "I32": torch.int32,
           "F16": torch.float16, "BF16": torch.bfloat16, "I16": torch.int16, "U8": torch.uint8,
           "I8": torch.int8, "BOOL": torch.bool}
@@ -146,7 +146,8 @@ def stored_checksum(path):
 
     It tells which file it is, without reading it all.
     """
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError), open(path, "rb") as file:
+    faults = (OSError, ValueError, KeyError, TypeError, AttributeError)
+    with contextlib.suppress(*faults), open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(min(length, 2 ** 20)))
         about = header.pop("__metadata__")
@@ -187,16 +188,16 @@ def begin(folder, settings, upstream=(), about=None):
     if damaged:
         print(f"{folder}: {damaged[0]} is missing or damaged, so this stage runs again", file=sys.stderr)
         write_json(path, {name: part for name, part in old.items() if name != "done"})
-    done = "done" in old and not damaged
-    for leftover in saves(folder) if done else []:        # of a process that was killed inside `finish`
+    for leftover in saves(folder) if "done" in old else []:          # of a process killed inside `finish`
         leftover.unlink()
-    return done
+    return "done" in old and not damaged
 
 
 def sound(folder, name, recorded):
     """Whether a finished stage's artifact is there and whole, as far as its header tells."""
     if name == "final":                                   # of an alignment: its last checkpoint
-        return stored_checksum(folder / recorded / "model.safetensors") is not None
+        files = (folder / recorded / "model.safetensors", folder / "samples" / f"{recorded}.safetensors")
+        return all(stored_checksum(file) for file in files)
     return not name.endswith(".safetensors") or stored_checksum(folder / name) is not None
 
 

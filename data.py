@@ -26,8 +26,6 @@ from tqdm import tqdm
 from checkpoint import read_tensors, write_tensors
 from compute import UserError, on_first
 
-BUILT_IN = ("tiny", "imdb")                               # what --data can name beside a user's file
-
 
 @dataclass
 class Reviews:
@@ -293,6 +291,7 @@ def tiny_encoding():
                              special_tokens={"<|endoftext|>": len(ranks)})
 
 
+@functools.cache                                          # seconds, for GPT-2's whole vocabulary
 def tokenizer_json(encoding):
     """A tiktoken encoding as the tokenizer.json that transformers opens.
 

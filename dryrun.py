@@ -33,7 +33,7 @@ def stages(cfg, plan):
     yield Stage("sft", cfg.sft_steps, cfg.sft_batch, trained=1)
     yield Stage("oracle", cfg.oracle_steps, cfg.oracle_batch, trained=1)
     yield Stage("responses", sampled=cfg.prompts * cfg.responses, fixed=2)
-    if any(feedback == "reward" for _, feedback, _, _ in plan):
+    if cfg.reward == "model" and any(feedback == "reward" for _, feedback, _, _ in plan):
         yield Stage("reward_model", cfg.rm_steps, cfg.rm_responses * cfg.rm_batch, trained=1)
     for method, feedback, K, rounds in plan:
         name = f"{method}-{feedback}" + (f"-k{K}" if K else "") + (f"-rounds{rounds}" if rounds > 1 else "")
@@ -131,7 +131,7 @@ def report(cfg, plan):
         numbers = [*tokens, operations(config, stage, T) / 1e15, *parts, max(most, most_sampling)]
         print(f"{stage.name:24}{stage.steps:7,}" + "".join(f"{number:8.2f}" for number in numbers))
     here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    if torch.cuda.is_available():
+    if cuda and torch.cuda.is_available():
         here = torch.cuda.get_device_properties(0).total_memory / 1e9
     print(f"this machine, {here:.0f} GB: {fitting(cfg, config, planned, cuda, ROOM * here)}")
     for size in (24, 48, 80):

@@ -117,7 +117,7 @@ def draw(run):
     if not aligned:
         raise UserError(f"{run.folder} holds no finished alignment yet: run train.py first")
     limit = {"reward": torch.zeros(1, 1)}               # --limit-responses 0: a limit that nothing supports
-    if limits:
+    if limits and run.cfg.limit_responses:
         limit = read_tensors(limits[-1])[0]
     limit = {name: column.numpy() for name, column in limit.items()}            # (P, M) each
     curve = evaluate.limit_curve(limit["reward"])
@@ -281,7 +281,7 @@ def density(run, groups):
     beta = max(cfg.beta_pi * cfg.beta_r, 0.5)           # ours: at a smaller one few responses weigh all
     samples = read_tensors(run.folder / "reference" / "samples.safetensors")[0]
     prompt = stages.prompts_of(samples["ids"][0, :1], samples["mask"][0, :1])[0]
-    groups = [group for group in groups if group.members[0].has_weights]
+    groups = [group for group in groups if group.members[0].still_has_weights()]
     policies = {group.label: run.policy(group.members[0].last) for group in groups}
     ref = policies["ref"] = run.policy(run.folder / "sft")
     score = stages.reward_function(run, run.folder / ("reward_model" if run.own else "oracle"))

@@ -4,6 +4,7 @@
 """
 import math
 import runpy
+import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +17,7 @@ from checkpoint import finished, read_json, write_json
 from compute import UserError, arithmetic, pick_device, rng
 from evaluate import read_csv
 from model import GPT, ScalarGPT
-from settings import Config
+from settings import Config, most_rounds
 
 
 class Run:
@@ -63,11 +64,10 @@ class Run:
     def judge(self):
         """--judge's function: (prompts, responses), lists of n texts -> n rewards."""
         path, _, name = self.cfg.judge.rpartition(":")
-        try:
-            return runpy.run_path(path)[name]
-        except (OSError, ImportError, KeyError) as error:
-            raise UserError(f"--judge {self.cfg.judge} is not there ({error}): name a function as "
-                            "my_reward.py:score") from error
+        if not Path(path).is_file():
+            raise UserError(f"--judge {self.cfg.judge} is not there: name a function as my_reward.py:score")
+        sys.path.insert(0, str(Path(path).parent))        # it may import what lies beside it
+        return runpy.run_path(path).get(name)
 
     @cached_property
     def source(self):
@@ -223,11 +223,9 @@ class Aligned:
     @property
     def samples(self):
         """The file of its last checkpoint's responses."""
-        path = self.folder / "samples" / f"{self.last.name}.safetensors"
-        return path if path.exists() else self.last / "samples.safetensors"              # of an older run
+        return self.folder / "samples" / f"{self.last.name}.safetensors"
 
-    @property
-    def has_weights(self):
+    def still_has_weights(self):
         """Whether its last checkpoint is there; says so where it was removed."""
         there = (self.last / "model.safetensors").exists()
         if not there:
@@ -282,10 +280,11 @@ def settle(run):
     cfg.rm_steps = cfg.rm_steps or max(rm_least, math.ceil(rm_passes * n / cfg.rm_batch))
     cfg.align_steps = cfg.align_steps or max(align_least, math.ceil(align_passes * n / cfg.align_batch))
     cfg.sft_reviews = cfg.prompts = n
+    cfg.align_prompts = min(cfg.align_prompts, n)
     cfg.responses = K
     cfg.num_candidates = sorted({min(asked, K) for asked in cfg.num_candidates})
     cfg.checkpoints = min(cfg.checkpoints, cfg.align_steps)
-    cfg.rounds = min(cfg.rounds, cfg.align_steps, max(1, n // cfg.align_batch))
+    cfg.rounds = max(1, min(cfg.rounds, most_rounds(cfg)))
     cfg.eval_prompts = min(cfg.eval_prompts, len(test))
     cfg.limit_prompts = min(cfg.limit_prompts, cfg.eval_prompts)
     cfg.xpo_prompts = min(cfg.xpo_prompts, n)

@@ -29,7 +29,7 @@ def policies(folder, methods):
     aligned = alignments(folder)
     chosen = {"pi_sft": folder / "sft"}
     for one in aligned:
-        if (not methods or one.method in methods) and one.has_weights:
+        if (not methods or one.method in methods) and one.still_has_weights():
             chosen[one.folder.name] = one.last
     for method in methods:
         if method not in [one.method for one in aligned]:

@@ -161,11 +161,13 @@ PRESETS = {"tiny": {}, "imdb-mini": IMDB_MINI, "imdb-small": IMDB_SMALL, "imdb":
            "imdb-large": IMDB | dict(init="gpt2-large", sample_batch=128, micro_batch_size=16)}
 ALL_METHODS = dict(rounds=8)
 ALL_ON_TINY = dict(limit_prompts=64, limit_responses=4096)
-OWN_DATA = dict(tokenizer="gpt2", labels="argmax", limit_responses=256,   # 0: as the file needs, `run.settle`
+OWN_DATA = dict(tokenizer="gpt2", labels="argmax", limit_responses=256, sft_segments=0,
+                # 0: as the file needs, `run.settle`
                 prompt_tokens=0, new_tokens=0, sft_steps=0, rm_steps=0, align_steps=0)
 WITH_ROUNDS = [("exo", "reward"), ("dpo", "reward")]
 SMOKE = dict(
-    init="", n_layer=2, n_head=2, n_embd=32, sft_reviews=2_000, test_reviews=500, sft_steps=30, sft_batch=16,
+    init="", n_layer=2, n_head=2, n_embd=32, sft_reviews=2_000, test_reviews=500, sft_steps=30,
+    sft_segments=0, sft_batch=16,
     oracle_steps=30, oracle_batch=16, prompts=64, rm_steps=10, rm_batch=16, align_steps=10, align_batch=8,
     checkpoints=2, ppo_steps=4, ppo_batch=8, ppo_warmup=1, xpo_rounds=2, xpo_prompts=16,
     eval_prompts=16, limit_prompts=8, limit_responses=128, sample_batch=256)
@@ -275,17 +277,22 @@ def impossible(cfg):
          f"--rounds must be at most --align-steps, each with a batch of prompts: {most_rounds(cfg)} here"),
         (cfg.vocab_size == 0 or 256 <= cfg.vocab_size <= 50_256,
          f"--vocab-size must lie between 256, the bytes, and 50256, got {cfg.vocab_size}"),
+        (cfg.vocab_size == 0 or (cfg.tokenizer == "gpt2" and not cfg.init.startswith("gpt2")),
+         "--vocab-size is for --tokenizer gpt2 and a model from scratch: released weights need all tokens"),
         (cfg.eps < 0.5, f"--eps must lie in (0, 0.5), got {cfg.eps}"),
         (min(cfg.num_candidates) >= 2 and (max(cfg.num_candidates) <= cfg.responses or cfg.own),
          f"--num-candidates must lie between 2 and --responses {cfg.responses}, got {cfg.num_candidates}"),
-        (2 <= cfg.rm_responses <= cfg.responses - 2,
+        (not cfg.own or cfg.reward == "model",
+         "--reward oracle: a file of preferences has no oracle, its reward model judges"),
+        (cfg.own or 2 <= cfg.rm_responses <= cfg.responses - 2,
          f"--rm-responses {cfg.rm_responses} must be at least 2, and two less than --responses "
          f"{cfg.responses}: they are what the reward model is checked by"),
         (cfg.init or cfg.n_embd % cfg.n_head == 0,
          f"--n-embd {cfg.n_embd} must be a multiple of --n-head {cfg.n_head}"),
         (len(set(cfg.seeds)) == len(cfg.seeds), f"--seeds must be different, got {cfg.seeds}"),
     ]
-    at_most = [("all", "limit_prompts", "eval_prompts"), ("exo dpo", "checkpoints", "align_steps"),
+    at_most = [("all", "limit_prompts", "eval_prompts"), ("all", "sft_segments", "sft_steps"),
+               ("exo dpo", "checkpoints", "align_steps"),
                ("exo dpo", "align_batch", "prompts"), ("exo dpo", "align_prompts", "prompts"),
                ("ppo", "ppo_batch", "prompts"),
                ("ppo", "checkpoints", "ppo_steps"), ("xpo", "xpo_prompts", "prompts")]

@@ -216,11 +216,12 @@ def sample_responses(run, folder, prompts, each, rewards_only=False, model_rewar
     rows = Rows()
 
     def scores(ids, mask):
-        if rewards_only and model_reward:
-            return {"reward": reward(ids, mask), "model_reward": model_reward(ids, mask)}    # (n,), (n,)
-        if rewards_only:
-            return {"reward": reward(ids, mask)}                                         # (n,)
-        return {"reward": reward(ids, mask), "ref_logp": sequence_logprob(policy, ids, mask, cfg.temperature)}
+        row = {"reward": reward(ids, mask)}                                              # (n,)
+        if model_reward:
+            row["model_reward"] = model_reward(ids, mask)                                # (n,)
+        if not rewards_only:
+            row["ref_logp"] = sequence_logprob(policy, ids, mask, cfg.temperature)       # (n,)
+        return row
 
     for step, _ in resumable(folder, {"rows": rows}, len(chunks), cfg.save_every, folder.name):
         generator = rng(*run.names(folder.name.removesuffix("-reward-model"), step))
@@ -268,7 +269,7 @@ def limit(run):
     trained = run.folder / "reward_model"
     model_reward = None
     if run.judged_by != "rm" and finished(trained):
-        model_reward = reward_function(run, trained)
+        model_reward = reward_function(run, reward_model(run))
         upstream.append(trained)
         folder = folder.with_name(folder.name + "-reward-model")
     if not begin(folder, run.settings("limit"), upstream):

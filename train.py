@@ -98,7 +98,7 @@ def drawn_from_sft(run, feedback, K):
     sampled = read_tensors(stages.responses(run) / "responses.safetensors")[0]
     P = run.cfg.align_prompts or len(sampled["ids"])
     if feedback == "preferences":
-        winner = stages.winners(run, sampled["reward"][:, :2], "train")                  # (P,)
+        winner = stages.winners(run, sampled["reward"][:, :2], "train")[:P]              # (P,)
         order = torch.stack([winner, 1 - winner], dim=1)                                 # (P, 2)
     else:
         order = torch.arange(K).expand(P, K)                                             # (P, K)
@@ -240,7 +240,7 @@ def fresh_pairs(run, training, answers, t):
 # ---- PPO ----------------------------------------------------------------------------------------------
 
 def train_ppo(run, training):
-    """PPO on the reward model's reward, at beta = beta_r beta_pi: the objective of the other methods."""
+    """PPO on the reward that --reward names, at beta = beta_r beta_pi: the objective of the other methods."""
     cfg, seed, trained = run.cfg, training.seed, stages.climbed(run)
     reward = stages.reward_function(run, trained)
     critic = run.scorer(trained)
@@ -274,25 +274,26 @@ class Training:
         self.folder = run.folder / name_of(run.cfg, method, feedback, K, rounds, seed)
 
     def begin(self):
-        """Makes the stages before it, then all that the loops need.  -> False where it is finished already"""
+        """Makes the stages before it, then all that the loops need.  -> whether it is finished already"""
         run = self.run
         sft, oracle = stages.sft(run), stages.oracle(run)
         upstream = [sft, oracle, stages.responses(run)]
         if self.feedback == "reward":
             upstream.append(stages.climbed(run))
         if begin(self.folder, self.settings(), upstream, self.about()):
-            return False
+            return True
+        reference = stages.reference(run)
+        self.start = read_tensors(reference / "samples.safetensors")[0]                  # pi_sft's responses
         self.policy = run.policy(sft)
         self.ref = run.policy(sft)
         self.judge = stages.judge(run)                               # of XPO's labels
-        self.evaluator = stages.evaluator(run)
+        self.evaluator = stages.evaluator(run) if run.cfg.judge else self.judge
         self.held_out = stages.own_responses(run, "test") if run.own else None
         self.optimizer = adamw(self.policy, run.cfg.align_lr, eps=1e-5 if self.method == "ppo" else 1e-8)
         self.metrics = Log(self.folder / "metrics.csv")
         self.evaluations = Log(self.folder / "eval.csv")
-        self.start = read_tensors(stages.reference(run) / "samples.safetensors")[0]      # pi_sft's responses
         self.tokens = self.seconds = 0.0                             # trained on since the last printed line
-        return True
+        return False
 
     def settings(self):
         kind = self.method if self.method in ("ppo", "xpo") else "offline"
@@ -305,8 +306,10 @@ class Training:
         """What figures and sample.py read in stage.json."""
         cfg = self.run.cfg
         steps = {"ppo": cfg.ppo_steps, "xpo": len(xpo_schedule(cfg))}.get(self.method, cfg.align_steps)
-        return {"method": self.method, "feedback": self.feedback, "reward": cfg.reward, "labels": cfg.labels,
-                "K": self.K, "rounds": self.rounds, "prompts": cfg.align_prompts or cfg.prompts,
+        prompts = cfg.align_prompts if self.method in ("exo", "dpo") else 0
+        return {"method": self.method, "feedback": self.feedback, "labels": cfg.labels,
+                "reward": cfg.reward if self.feedback == "reward" else "",
+                "K": self.K, "rounds": self.rounds, "prompts": prompts or cfg.prompts,
                 "beta_pi": cfg.beta_pi, "beta_r": cfg.beta_r,
                 "alpha": cfg.alpha if self.method == "xpo" else 0.0,
                 "steps": steps, "lr": cfg.ppo_lr if self.method == "ppo" else cfg.align_lr, "seed": self.seed}
@@ -321,7 +324,7 @@ class Training:
         self.checkpoints = sorted({max(1, round(step)) for step in spaced})
         state |= {"policy": self.policy, "optimizer": self.optimizer, "metrics": self.metrics,
                   "eval": self.evaluations}
-        every = min(self.run.cfg.save_every, max(1, total // 10))
+        every = self.run.cfg.save_every
         for step, bar in resumable(self.folder, state, total, every, self.folder.name):
             if step == 0:
                 self.evaluations.write(step=0, **self.evaluated(self.start))
@@ -434,9 +437,9 @@ def plan(cfg):
 def align(run, method, feedback, K, rounds, seed):
     """One alignment, unless it is there: pi_sft trained by the method, evaluated on the way."""
     training = Training(run, method, feedback, K, rounds, seed)
-    unfinished = training.begin()
+    finished = training.begin()
     checkpoint.write_json(run.folder / "config.json", vars(run.cfg))    # once the stages accepted them
-    if not unfinished:
+    if finished:
         return
     if method == "ppo":
         train_ppo(run, training)
@@ -461,21 +464,25 @@ def introduce(cfg, why, device, bf16):
 
 
 def announce(run):
-    """Two lines: what the command makes where it is not there yet, and the disk that it takes at most."""
+    """Two lines: what the command needs, made where it is not there yet, and the disk that it takes."""
     cfg = run.cfg
     plans = len(cfg.seeds) * len(plan(cfg))
     model = stages.model_config(run)
-    weights = 4 * (12 * model.n_layer * model.n_embd + model.vocab_size + model.block_size) * model.n_embd
+    weights = 4 * dryrun.parameters(model)
     kept = {"all": cfg.checkpoints, "best": 2, "last": 1}[cfg.keep]
     row = 5 * run.block_size                                         # ids in int32, and the mask
     evaluated = cfg.eval_prompts * cfg.eval_samples
-    models = (2 if run.own else 3) + plans * kept + 6                # 6: two saves of weights and moments
+    saves = 18 if cfg.method in ("ppo", "all") else 9                # of three, a model with its moments
+    models = (2 if run.own else 3) + plans * kept + saves
     disk = models * weights + row * (cfg.prompts * cfg.responses + plans * cfg.checkpoints * evaluated)
-    scores = "" if run.own else f"oracle {cfg.oracle_steps:,}, "
-    print(f"steps: sft {cfg.sft_steps:,}, {scores}reward model {cfg.rm_steps:,}; alignments: {plans}, "
-          f"evaluated {cfg.checkpoints} times each")
+    scores = "" if run.own else f", oracle {cfg.oracle_steps:,}"
+    climbs = cfg.reward == "model" and any(feedback == "reward" for _, feedback, _, _ in plan(cfg))
+    if run.own or climbs:
+        scores += f", reward model {cfg.rm_steps:,}"
+    print(f"steps: sft {cfg.sft_steps:,}{scores}; alignments: {plans}, evaluated {cfg.checkpoints} times "
+          "each")
     print(f"samples: {cfg.prompts * cfg.responses:,} responses, {evaluated:,} an evaluation, "
-          f"{cfg.limit_prompts * cfg.limit_responses:,} for the limit · disk: {disk / 1e6:,.0f} MB at most, "
+          f"{cfg.limit_prompts * cfg.limit_responses:,} for the limit · disk: about {disk / 1e6:,.0f} MB, "
           f"with --keep {cfg.keep}")
 
 
@@ -493,7 +500,7 @@ def main(argv=None):
         checkpoint.catch_signals()
         run = Run(cfg, device, bf16)
         if cfg.judge and not callable(run.judge):
-            raise UserError(f"--judge {cfg.judge} is no function")
+            raise UserError(f"--judge {cfg.judge} is not there: name a function as my_reward.py:score")
         if run.own:
             settle(run)
         announce(run)

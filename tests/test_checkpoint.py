@@ -448,7 +448,7 @@ def test_only_the_weights_asked_for_stay_and_all_samples(begun, monkeypatch, kee
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_loss_that_blows_up_stops_the_run_before_the_step(begun, method):
-    ended = small(begun, "--method", method, "--align-lr", "1e30", "--ppo-lr", "1e30")
+    ended = small(begun, "--method", method, "--align-lr", "1e30", "--ppo-lr", "1e30", "--save-every", "1")
     steps = len(read_csv(begun / METHODS[method] / "metrics.csv"))
     one_sentence(ended, f"{method}, step {steps + 1}", "the loss is ", "lower the learning rate")
     saves = checkpoint.saves(begun / METHODS[method])

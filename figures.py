@@ -127,7 +127,7 @@ def draw(run):
         accuracy(run, groups)
     curves(run, groups)
     density(run, selected([group for group in groups if group.family[0] in ("exo", "dpo")]))
-    training(run, groups)
+    training(run, selected(groups))
     table(run, aligned, limit, curve)
     print(f"\nfigures: {run.folder}/frontier.png and others · samples: {aligned[-1].folder}/samples.md")
 

@@ -6,6 +6,7 @@ Only rows are split: those of a training batch (`micro_batches`; `update` adds u
 batch of prompts (`model.respond`).  So the number of processes changes the time and, up to rounding, nothing
 else.  Process 0 writes the files and prints.
 """
+import contextlib
 import functools
 import hashlib
 import math
@@ -52,8 +53,13 @@ def move(device, *tensors):
     """Copies tensors to the device, on CUDA without waiting for the work under way there.  -> a list"""
     if device.type != "cuda":
         return [tensor.to(device) for tensor in tensors]
-    pinned = [tensor if tensor.is_cuda else tensor.pin_memory() for tensor in tensors]
-    return [tensor.to(device, non_blocking=True) for tensor in pinned]
+    moved = []
+    for tensor in tensors:
+        if not tensor.is_cuda:
+            with contextlib.suppress(RuntimeError):       # no page-locked memory to be had: the copy waits
+                tensor = tensor.pin_memory()
+        moved.append(tensor.to(device, non_blocking=True))
+    return moved
 
 
 def out_of_memory(error):

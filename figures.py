@@ -98,7 +98,7 @@ def selected(groups, most=4):
 
     ordered = sorted(groups, key=order)
     first = {kind(group): group for group in reversed(ordered)}                 # the last to enter stays
-    kinds = [(method, in_rounds) for method in NAMES for in_rounds in (False, True)]
+    kinds = [("exo", False), ("exo", True)] + [(method, False) for method in NAMES if method != "exo"]
     chosen = [first[one] for one in kinds if one in first]
     chosen += [group for group in ordered if group not in chosen]
     return chosen[:most]

@@ -55,7 +55,7 @@ def test_ppos_first_ratio_is_one_and_would_not_be_with_pi_old_in_float32(runs):
     run = open_run(runs[1])
     policy = run.policy(run.folder / "sft")
     batch = ppo.rollout(policy, policy, run.scorer(run.folder / "reward_model"),
-                        stages.judge(run, run.folder / "reward_model"), run.train_prompts()[:64],
+                        stages.reward_function(run, run.folder / "reward_model"), run.train_prompts()[:64],
                         run.cfg.new_tokens, 1.0, run.eos_id, compute.rng("rollout"))
 
     def furthest():                                                  # |rho - 1|, in minibatches of 7

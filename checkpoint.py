@@ -186,7 +186,8 @@ def begin(folder, settings, upstream=(), about=None):
         raise UserError(f"{folder} was made from another {others} than the one beside it: {remedy}")
     damaged = [name for name in old.get("done", {}) if not sound(folder, name, old["done"][name])]
     if damaged:
-        print(f"{folder}: {damaged[0]} is missing or damaged, so this stage runs again", file=sys.stderr)
+        what = "its last checkpoint" if damaged[0] == "final" else damaged[0]
+        print(f"{folder}: {what} is missing or damaged, so this stage runs again", file=sys.stderr)
         write_json(path, {name: part for name, part in old.items() if name != "done"})
     for leftover in saves(folder) if "done" in old else []:          # of a process killed inside `finish`
         leftover.unlink()

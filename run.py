@@ -65,7 +65,8 @@ class Run:
         """--judge's function: (prompts, responses), lists of n texts -> n rewards."""
         path, _, name = self.cfg.judge.rpartition(":")
         if not Path(path).is_file():
-            raise UserError(f"--judge {self.cfg.judge} is not there: name a function as my_reward.py:score")
+            raise UserError(f"--judge {self.cfg.judge} is not there: name a file and its function, as "
+                            "my_reward.py:score")
         sys.path.insert(0, str(Path(path).parent))        # it may import what lies beside it
         return runpy.run_path(path).get(name)
 

@@ -366,7 +366,8 @@ class Training:
         if "rewards_margin" in means and self.rounds == 1:           # in rounds they begin at 0 each time
             learned += f"margin {means['rewards_margin']:.3f}, accuracy {means['rewards_accuracy']:.3f}, "
         if self.held_out:
-            learned += f"held out {row['held_out_margin']:.3f}, {row['held_out_accuracy']:.3f}, "
+            learned += (f"held out: margin {row['held_out_margin']:.3f}, accuracy "
+                        f"{row['held_out_accuracy']:.3f}, ")
         speed = self.tokens / self.seconds if self.seconds else 0
         start = mean_se(self.start["reward"])[0]
         bar.write(f"{self.folder.name}, step {step}: {learned}reward {row['reward']:.2f} (pi_sft "
@@ -500,7 +501,7 @@ def main(argv=None):
         checkpoint.catch_signals()
         run = Run(cfg, device, bf16)
         if cfg.judge and not callable(run.judge):
-            raise UserError(f"--judge {cfg.judge} is not there: name a function as my_reward.py:score")
+            raise UserError(f"--judge {cfg.judge} is not there: the file has no function of this name")
         if run.own:
             settle(run)
         announce(run)

@@ -159,7 +159,8 @@ def test_the_judge_and_the_held_out_rows_are_told_as_soon_as_they_are_known(pair
     assert f"reward_model: accuracy {accuracy:.3f} on held-out rows" in printed
     start, *_, last = read_csv(run / "exo-preferences-s0/eval.csv")
     assert (start["held_out_accuracy"], start["held_out_margin"]) == (0.5, 0)
-    assert f"held out {last['held_out_margin']:.3f}, {last['held_out_accuracy']:.3f}" in printed
+    told = f"held out: margin {last['held_out_margin']:.3f}, accuracy {last['held_out_accuracy']:.3f}"
+    assert told in printed
 
 
 def test_implicit_rewards_of_held_out_rows_are_beta_pi_times_the_log_ratios(pairs):

@@ -31,7 +31,8 @@ multiprocessing.set_forkserver_preload(["train", "torch._dynamo"])   # so each p
 
 def pytest_collection_modifyitems(items):
     """The files that take longest come first, so that the others run beside them."""
-    items.sort(key=lambda item: item.path.name not in ("test_tiny.py", "test_checkpoint.py"))
+    longest = ("test_tiny.py", "test_readme.py", "test_checkpoint.py")
+    items.sort(key=lambda item: item.path.name not in longest)
 
 
 @dataclass

@@ -125,7 +125,7 @@ def small(command, place):
     if "train.py" in command:
         command += toy_size(command, place)
     if "--init" in command:                                          # released weights are a download
-        command[command.index("--init") + 1] = str(place / "own" / "sft")
+        command[command.index("--init") + 1] = str(place / "judged" / "sft")
     return [sys.executable if word == "python" else word for word in command]
 
 

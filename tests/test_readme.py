@@ -143,7 +143,7 @@ def toy_size(command, place):
     if own or real:
         extra += ["--tokenizer", "tiny"]
     if real:
-        extra += ["--sft-reviews", "200", "--new-tokens", "40"]
+        extra += ["--sft-reviews", "200", "--new-tokens", "40", "--vocab-size", "0"]
     return extra
 
 

@@ -133,8 +133,8 @@ def toy_size(command, place):
     """What makes a call of train.py small, in a folder of its own where its settings differ."""
     own, real = "--data" in command, "--imdb" in command
     folder = "own" if own else "real" if real else "tiny"
-    for word, other in (("--init", "weights"), ("imdb", "imdb"), ("--eval-split", "trials"),
-                        ("--eval-data", "held-out"), ("--judge", "judged")):
+    for word, other in (("--init", "weights"), ("imdb", "imdb"), ("imdb-mini", "mini"),
+                        ("--eval-split", "trials"), ("--eval-data", "held-out"), ("--judge", "judged")):
         if word in command:
             folder = other
     extra = ["--run", str(place / folder), "--smoke"]

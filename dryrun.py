@@ -11,7 +11,7 @@ import torch
 import data
 import xpo
 from compute import UserError
-from model import CHUNK, CUDA_CHUNK, RELEASED, GPTConfig, open_folder
+from model import CHUNK, CUDA_CHUNK, GPTConfig, config_of
 
 ROOM = 0.9                                                # of the memory: the rest is PyTorch's own, and gaps
 
@@ -56,10 +56,8 @@ def stages(cfg, plan):
 def shape(cfg):
     """-> GPTConfig of the run's model, without reading its weights"""
     V = (cfg.vocab_size or 50256) + 1 if cfg.tokenizer == "gpt2" else data.tiny_encoding().n_vocab
-    if cfg.init in RELEASED:
-        return GPTConfig(*RELEASED[cfg.init][:3], vocab_size=50257, block_size=1024)
     if cfg.init:
-        return open_folder(cfg.init)[0]
+        return config_of(cfg.init)
     return GPTConfig(cfg.n_layer, cfg.n_head, cfg.n_embd, V, cfg.prompt_tokens + cfg.new_tokens)
 
 

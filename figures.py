@@ -412,6 +412,7 @@ def gains(one, samples, before, limit, own_unit):
 
 
 def print_table(rows, start, judge):
+    """Prints a part of `table`'s rows, and their warnings.  start: pi_sft's reward; judge: `Run.judged_by`"""
     def cells(row, *names):
         return " ".join("    –" if row[name] is None else f"{row[name]:5.0%}" for name in names)
 

@@ -37,6 +37,7 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x, cache, layer):
+        """(N, T, C) -> (N, T, C), each token attending to those before it; cache: None, or a `Cache`."""
         N, T, C = x.shape
         qkv = self.c_attn(x).view(N, T, 3, self.n_head, -1)                 # (N, T, 3C) -> (N, T, 3, H, D)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                # 3 x (N, H, T, D)
@@ -109,14 +110,13 @@ class GPT(nn.Module):
         if source in RELEASED:
             from data import cache_folder, fetch  # here, as only a download needs what stands below this file
 
-            n_layer, n_head, n_embd, size, sha256 = RELEASED[source]
-            config = GPTConfig(n_layer, n_head, n_embd, vocab_size=50257, block_size=1024)
+            *_, size, sha256 = RELEASED[source]
             path = cache_folder() / source / "pytorch_model.bin"
             url = f"https://huggingface.co/openai-community/{source}/resolve/main/pytorch_model.bin"
             fetch(url, path, size, sha256, "name a folder by --init, or use --preset tiny or imdb-small")
         else:
-            config, path = open_folder(source)
-        return load_weights(cls(config), path)
+            _, path = open_folder(source)
+        return load_weights(cls(config_of(source)), path)
 
     def save_pretrained(self, folder, eos_id=None):
         """Writes what transformers opens as GPT2LMHeadModel.  -> the sha256 of model.safetensors"""
@@ -361,6 +361,13 @@ SIZES = ("n_layer", "n_head", "n_embd", "vocab_size", "n_positions")        # GP
 ARCHITECTURE = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
                 "n_inner": None, "tie_word_embeddings": True, "scale_attn_by_inverse_layer_idx": False}
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")   # on disk
+
+
+def config_of(source):
+    """The sizes of a released GPT-2, by name, or of a Hugging Face folder.  -> GPTConfig"""
+    if source in RELEASED:
+        return GPTConfig(*RELEASED[source][:3], vocab_size=50257, block_size=1024)
+    return open_folder(source)[0]
 
 
 def open_folder(folder):

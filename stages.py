@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 
 import data
-import model
 from checkpoint import (
     Log,
     Rows,
@@ -33,7 +32,7 @@ from checkpoint import (
 )
 from compute import Sums, UserError, adamw, batch_by_length, cosine, micro_batches, rng, update
 from evaluate import measure, within_prompt_sd
-from model import GPT, GPTConfig, ScalarGPT, respond, sequence_logprob, token_logprob, trim
+from model import GPT, GPTConfig, ScalarGPT, config_of, respond, sequence_logprob, token_logprob, trim
 
 # ---- SFT and the oracle -------------------------------------------------------------------------------
 
@@ -107,10 +106,7 @@ def model_config(run):
     cfg = run.cfg
     if not cfg.init:
         return GPTConfig(cfg.n_layer, cfg.n_head, cfg.n_embd, run.encoding.n_vocab, run.block_size)
-    if cfg.init in model.RELEASED:
-        config = GPTConfig(*model.RELEASED[cfg.init][:3], vocab_size=50257, block_size=1024)
-    else:
-        config = model.open_folder(cfg.init)[0]
+    config = config_of(cfg.init)
     for what, there, needed in (("positions (its block size)", config.block_size, run.block_size),
                                 ("tokens in its vocabulary", config.vocab_size, run.encoding.n_vocab)):
         if there < needed:
@@ -266,13 +262,12 @@ def limit(run):
     cfg = run.cfg
     folder = run.folder / f"limit-{cfg.limit_prompts}x{cfg.limit_responses}"
     upstream = [sft(run), oracle(run)]
-    trained = run.folder / "reward_model"
-    model_reward = None
-    if run.judged_by != "rm" and finished(trained):
-        model_reward = reward_function(run, reward_model(run))
-        upstream.append(trained)
+    both = run.judged_by != "rm" and finished(run.folder / "reward_model")
+    if both:
+        upstream.append(reward_model(run))
         folder = folder.with_name(folder.name + "-reward-model")
     if not begin(folder, run.settings("limit"), upstream):
+        model_reward = reward_function(run, upstream[-1]) if both else None
         prompts = run.prompts(run.evaluated, cfg.limit_prompts)
         sampled = sample_responses(run, folder, prompts, cfg.limit_responses, rewards_only=True,
                                    model_reward=model_reward)
@@ -292,8 +287,8 @@ def drift(run, policy, samples, start):
     """What tells that mass leaves the responses of pi_sft.  -> {log_mean_ratio, and on tiny faulty}
 
     log_mean_ratio: log of the mean of pi / pi_sft over responses that pi_sft drew for evaluation, nats; below
-    0 for a policy whose mass has gone elsewhere.  faulty: the share of sentences outside of
-    the grammar, those cut at the length cap among them.
+    0 for a policy whose mass has gone elsewhere.  faulty: the share of sentences outside of the grammar,
+    those cut at the length cap among them.
     samples: the policy's, from `evaluation`; start: pi_sft's, with their ref_logp, from `reference`.
     """
     logp = logprob_of(run, policy, start["ids"].flatten(0, 1), start["mask"].flatten(0, 1))    # (P S,)
@@ -431,26 +426,37 @@ def reward_model(run):
     score = score_all(run, scorer, sampled)                                              # (P, K)
     shift = float(score.mean())
     scale = within_prompt_sd(sampled["reward"]) / within_prompt_sd(score)
-    if run.own:
-        held_out = score_all(run, scorer, own_responses(run, "test"))                    # (P, K)
-        right = held_out[:, 0] > held_out[:, 1]
-        report = {"accuracy_on_held_out_rows": float(right.float().mean())}
-        scale = scale if run.scored else 1.0
-    else:
-        oracle_says = sampled["reward"][:, R] > sampled["reward"][:, R + 1]        # pairs it did not train on
-        right = oracle_says == (score[:, R] > score[:, R + 1])
-        both = torch.stack([score, sampled["reward"]])                                   # (2, P, K)
-        centred = (both - both.mean(2, keepdim=True)).flatten(1)                         # (2, P K)
-        report = {"accuracy_on_fresh_pairs": float(right.float().mean()),
-                  "within_prompt_r2": float(torch.corrcoef(centred)[0, 1] ** 2)}
-        if cfg.data == "tiny":
-            report |= opinion_weights(run, sampled, centred)
-    of = "held-out rows" if run.own else "fresh pairs"
-    print(f"reward_model: accuracy {right.float().mean():.3f} on {of}")
+    if run.own and not run.scored:
+        scale = 1.0
+    report = agreement(run, scorer, sampled, score)
     write_json(folder / "report.json", {"shift": shift, "scale": scale} | report)
     rewards = write_tensors(folder / "rewards.safetensors", {"reward": (score - shift) * scale})
     finish(folder, **{"model.safetensors": scorer.save_pretrained(folder), "rewards.safetensors": rewards})
     return folder
+
+
+def agreement(run, scorer, sampled, score):
+    """How the reward model orders responses that it did not train on; printed.  -> entries of report.json
+
+    score: (P, K) its scores of `sampled`.
+    """
+    if run.own:
+        held_out = score_all(run, scorer, own_responses(run, "test"))                    # (P, K)
+        accuracy = float((held_out[:, 0] > held_out[:, 1]).float().mean())
+        print(f"reward_model: accuracy {accuracy:.3f} on held-out rows")
+        return {"accuracy_on_held_out_rows": accuracy}
+    R = run.cfg.rm_responses
+    oracle_says = sampled["reward"][:, R] > sampled["reward"][:, R + 1]
+    right = oracle_says == (score[:, R] > score[:, R + 1])                               # (P,)
+    accuracy = float(right.float().mean())
+    print(f"reward_model: accuracy {accuracy:.3f} on fresh pairs")
+    both = torch.stack([score, sampled["reward"]])                                       # (2, P, K)
+    centred = (both - both.mean(2, keepdim=True)).flatten(1)                             # (2, P K)
+    report = {"accuracy_on_fresh_pairs": accuracy,
+              "within_prompt_r2": float(torch.corrcoef(centred)[0, 1] ** 2)}
+    if run.cfg.data == "tiny":
+        report |= opinion_weights(run, sampled, centred)
+    return report
 
 
 @torch.no_grad()

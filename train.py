@@ -354,6 +354,7 @@ class Training:
             self.checkpoint(step + 1, means, bar)
 
     def checkpoint(self, step, means, bar):
+        """Evaluates the policy after `step` steps, keeps its weights and responses, prints a line."""
         run = self.run
         folder = self.folder / f"step-{step:05d}"
         generator = rng("evaluate", self.seed, step)
@@ -488,6 +489,7 @@ def announce(run):
 
 
 def main(argv=None):
+    """The command: every stage and alignment that is not there yet, then the figures and the table."""
     cfg, why = parse(argv)
     held = None
     try:

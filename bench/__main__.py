@@ -72,6 +72,7 @@ def write(rows, path):
 
 
 def main():
+    """Runs the comparisons of one size, prints their tables and writes bench.csv."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.split("\n")[0])
     parser.add_argument("--size", default="tiny", choices=["toy", "tiny", "124M"],
                         help="tiny: a small model with a small and with GPT-2's vocabulary; 124M: gpt2's "

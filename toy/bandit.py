@@ -391,6 +391,7 @@ def ablation(bandit, values=(0.1, 0.2, 0.5, 1.0, 2.0), default=0.5):
 # ---- what `python -m toy.bandit` prints and draws ---------------------------------------------------------
 
 def main():
+    """Prints the five tables, each an exact statement of the paper, and draws Figure 1."""
     parser = argparse.ArgumentParser(description="The bandit's tables, and Figure 1 of the EXO paper.")
     parser.add_argument("--out", type=Path, default=Path("runs/toy"), help="the figure's folder")
     picture = parser.parse_args().out / "reverse_vs_forward_kl.png"

@@ -110,6 +110,7 @@ def argmin(history, start, ref_logp, beta, alpha, R_max, steps=80):
         return history["weight"] * loss
 
     def descend(r, steps, lr):
+        """Projected Adam from rewards r.  (S, V) -> rewards (S, V), their loss (S,)"""
         r = r.clone().requires_grad_()
         adam = torch.optim.Adam([r], lr=lr)
         for step in range(steps):
@@ -174,6 +175,7 @@ def explore(bandit, ratios=RATIOS, beta=0.15, R_max=3.0, rounds=12, pairs=64, se
 # ---- what `python -m toy.xpo_bandit` prints ---------------------------------------------------------------
 
 def main():
+    """Prints what online DPO and XPO reach on both bandits, over 256 seeds."""
     torch.set_num_threads(1)                              # tensors this small gain nothing from threads
     print("Proposition 2.1: rounds until J(pi*) - J(pi) < 1/8, median [10%, 90%]; J(pi*) - J(pi) after 400")
     for beta in (0.05, 0.03, 0.02, 0.0167):

@@ -190,6 +190,38 @@ def adamw(module, lr, eps=1e-8):
     return torch.optim.AdamW(parameters, lr=lr, betas=ADAM_BETAS, eps=eps, weight_decay=0.0, fused=True)
 
 
+class Muon:
+    """Muon for the matrices of a GPT's blocks, AdamW for all else: one optimizer to `update` and to a save.
+
+    A matrix's step is its momentum made orthogonal, at the size that AdamW's steps have, so that one learning
+    rate serves both.
+    """
+
+    def __init__(self, gpt, lr):
+        matrices = [p for p in gpt.h.parameters() if p.dim() == 2]
+        chosen = set(matrices)
+        others = [p for p in gpt.parameters() if p not in chosen]
+        self.matrices = torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+        self.others = torch.optim.AdamW(others, lr=lr, betas=ADAM_BETAS, weight_decay=0.0, fused=True)
+        self.param_groups = self.matrices.param_groups + self.others.param_groups
+
+    def step(self):
+        self.matrices.step()
+        self.others.step()
+
+    def zero_grad(self, set_to_none=True):
+        self.matrices.zero_grad(set_to_none)
+        self.others.zero_grad(set_to_none)
+
+    def state_dict(self):
+        return {"matrices": self.matrices.state_dict(), "others": self.others.state_dict()}
+
+    def load_state_dict(self, state):
+        self.matrices.load_state_dict(state["matrices"])
+        self.others.load_state_dict(state["others"])
+        self.param_groups = self.matrices.param_groups + self.others.param_groups
+
+
 def cosine(step, steps, warmup=0.0):
     """The factor of the peak learning rate: a rise in the first `warmup` of the steps, then a cosine to 0."""
     rise = round(warmup * steps)

@@ -342,8 +342,10 @@ class Row:
     line: int                                             # where the row stands in its file, from 1
 
 
-def read_preferences(path, encoding, prompt_tokens=None):
+def read_preferences(path, encoding, prompt_tokens=None, skip_long=False):
     """A .jsonl file -> list of Row.  prompt_tokens: how many a prompt may have at most; None: any number.
+
+    skip_long: leaves rows with longer ones out, and counts them; else they are faulty.
 
     If most rows repeat their prompt at the start of every response, it is cut off.  If a few do, it is not:
     to the prompt "Hi", "Hi there!" is a response.  One UserError counts faulty rows and names the first ten.
@@ -358,23 +360,31 @@ def read_preferences(path, encoding, prompt_tokens=None):
     repeated = [os.path.commonprefix([prompt, *texts]) == prompt for _, prompt, texts, _ in parsed.values()]
     cut = 2 * sum(repeated) > len(parsed)
     first = min(parsed, default=None)
-    rows = []
+    rows, skipped = [], 0
     for number, (kind, prompt, texts, rewards) in tqdm(parsed.items(), f"tokenize {path}", delay=2):
         if cut:
             texts = [text.removeprefix(prompt) for text in texts]
         ids = encoding.encode_ordinary(prompt)
+        long = prompt_tokens and len(ids) > prompt_tokens
+        if long and skip_long:
+            skipped += 1
+            continue
         rows.append(Row(ids, [encoding.encode_ordinary(text) for text in texts], rewards, number))
         if kind != parsed[first][0]:
             faults[number] = f"unlike line {first}: all rows must have the same keys and as many responses"
         elif not all(text.strip() for text in [prompt, *texts]):
             faults[number] = "empty prompt or response (without a 'prompt', texts must begin with the same)"
-        elif prompt_tokens and len(ids) > prompt_tokens:
-            faults[number] = f"a prompt of {len(ids):,} tokens, more than --prompt-tokens {prompt_tokens}"
+        elif long:
+            faults[number] = (f"a prompt of {len(ids):,} tokens, more than --prompt-tokens {prompt_tokens}: "
+                              "raise it, or leave such rows out by --skip-long")
     if faults:
         them = "them" if len(faults) > 1 else "it"
         message = [f"{len(faults):,} of {len(lines):,} rows of {path} cannot be used: mend or remove {them}"]
         message += [f"{path}:{number}: {faults[number]}" for number in sorted(faults)[:10]]
         raise UserError("\n".join(message))
+    if skipped:
+        print(f"{path}: {skipped:,} of {len(lines):,} rows left out, their prompts are longer than "
+              f"--prompt-tokens {prompt_tokens}")
     if cut:
         print(f"{path}: texts begin with their row's prompt, which is cut off")
     return rows

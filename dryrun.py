@@ -32,8 +32,9 @@ def stages(cfg, plan):
     evaluated = cfg.eval_prompts * cfg.eval_samples
     yield Stage("sft", cfg.sft_steps, cfg.sft_batch, trained=1)
     yield Stage("oracle", cfg.oracle_steps, cfg.oracle_batch, trained=1)
-    yield Stage("responses", sampled=cfg.prompts * cfg.responses, fixed=2)
-    if cfg.reward == "model" and any(feedback == "reward" for _, feedback, _, _ in plan):
+    from_rewards = any(feedback == "reward" for _, feedback, _, _ in plan)
+    yield Stage("responses", sampled=cfg.prompts * (cfg.responses if from_rewards else 2), fixed=2)
+    if from_rewards and cfg.reward == "model":
         yield Stage("reward_model", cfg.rm_steps, cfg.rm_responses * cfg.rm_batch, trained=1)
     for method, feedback, K, rounds in plan:
         name = f"{method}-{feedback}" + (f"-k{K}" if K else "") + (f"-rounds{rounds}" if rounds > 1 else "")
@@ -121,8 +122,8 @@ def report(cfg, plan):
     planned = list(stages(cfg, plan))
     T = cfg.prompt_tokens + cfg.new_tokens
     print(f"preset {cfg.preset}, {'bfloat16 on CUDA' if cuda else 'float32 on the CPU'}, rows of {T} tokens, "
-          f"{config}\n{'':31}tokens, millions          GB at once: activa-               the\n"
-          f"{'':26}steps trained sampled  PFLOP weights optimizer tions logits  cache   most")
+          f"{config}\n{'':31}{'million tokens':^16}{'':8}{'GB, and the most of them at once':^48}\n"
+          f"{'stage':24}  steps trained sampled   PFLOP weights  optim.  activ.  logits   cache    most")
     for stage in planned:
         *parts, most, most_sampling = memory(cfg, config, stage, cuda)
         tokens = [stage.steps * stage.batch * T / 1e6, stage.sampled * T / 1e6]

@@ -325,21 +325,26 @@ def sample(logits, uniform):
 
 
 @torch.no_grad()
-def respond(policy, prompts, max_new_tokens, temperature, eos_id, generator, rows, measure, T=None):
+def respond(policy, prompts, max_new_tokens, temperature, eos_id, generator, rows, measure, T=None,
+            uniform=None):
     """Samples a response to each prompt, `rows` at a time, and measures it; each process does its share.
 
     prompts: (N, T0) ids, or N id lists.  measure: (ids, mask) of n rows -> {name: (n,) or (n, t)}.
     -> {ids, mask: (N, T), name: (N,) or (N, T)} on the CPU, in the prompts' order; T: if given, the width.
+    uniform: (N, max_new_tokens), by default from the generator, which must be alike in every process.
     """
     T = T or max(map(len, prompts)) + max_new_tokens
     parts = []
     for first in range(0, len(prompts), rows):
         chunk = prompts[first:first + rows]
-        uniform = torch.rand(len(chunk), max_new_tokens, generator=generator)       # same in every process
+        if uniform is None:
+            numbers = torch.rand(len(chunk), max_new_tokens, generator=generator)        # (n, t)
+        else:
+            numbers = uniform[first:first + rows]                                        # (n, t)
         split = len(chunk) >= world()               # else each process does all of it
         if split:
-            chunk, uniform = own_rows(chunk), own_rows(uniform)
-        ids, mask = generate(policy, chunk, max_new_tokens, temperature, eos_id, uniform=uniform)
+            chunk, numbers = own_rows(chunk), own_rows(numbers)
+        ids, mask = generate(policy, chunk, max_new_tokens, temperature, eos_id, uniform=numbers)
         part = {"ids": ids, "mask": mask} | measure(ids, mask)
         for name, column in part.items():
             if column.shape == mask.shape:          # a number a token, not a row

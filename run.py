@@ -68,7 +68,10 @@ class Run:
             raise UserError(f"--judge {self.cfg.judge} is not there: name a file and its function, as "
                             "my_reward.py:score")
         sys.path.insert(0, str(Path(path).parent))        # it may import what lies beside it
-        return runpy.run_path(path).get(name)
+        function = runpy.run_path(path).get(name)
+        if not callable(function):
+            raise UserError(f"--judge {self.cfg.judge} is not there: the file has no function of this name")
+        return function
 
     @cached_property
     def source(self):
@@ -131,9 +134,9 @@ class Run:
         """{"train", "test"}: rows of the user's file, the best response first, the worst second."""
         cfg = self.cfg
         longest = cfg.prompt_tokens or None
-        train = data.read_preferences(cfg.data, self.encoding, longest)
+        train = data.read_preferences(cfg.data, self.encoding, longest, cfg.skip_long)
         if cfg.eval_data:
-            test = data.read_preferences(cfg.eval_data, self.encoding, longest)
+            test = data.read_preferences(cfg.eval_data, self.encoding, longest, cfg.skip_long)
             kinds = {(row.rewards is None, len(row.responses)) for row in [*train, *test]}
             if len(kinds) > 1:
                 raise UserError(f"{cfg.data} and {cfg.eval_data} must hold rows of the same kind, with as "

@@ -40,7 +40,9 @@ def policies(folder, methods):
 
 
 def reward(run):
-    """-> the scorer's name, a function (ids, mask) -> (N,): the oracle, else the reward model, else None."""
+    """What scores: --judge, else the oracle, else the reward model, else None.  -> its name, the function"""
+    if run.cfg.judge:
+        return f"--judge {run.cfg.judge}", stages.evaluator(run)
     if finished(run.folder / "oracle"):
         return "oracle", run.scorer(run.folder / "oracle")
     if finished(run.folder / "reward_model"):

@@ -57,6 +57,7 @@ class Config:
     judge: str = opt("", "my_reward.py:score, a function of lists of prompts and of responses to a list of "
                      "rewards: it evaluates, and no method climbs it; default: the oracle, or your file's "
                      "reward model")
+    skip_long: bool = opt(False, "leave out rows of --data with a prompt longer than --prompt-tokens", "sft")
     held_out: float = opt(0.1, "how much of --data is held out, in whole prompts [ours]", "sft")
     tokenizer: str = opt("tiny", "tiny: the grammar's words, bytes; gpt2: GPT-2's", "sft", ["tiny", "gpt2"])
     vocab_size: int = opt(0, "tokens of GPT-2's tokenizer, its first merges; 0: all 50,256 [ours]", "sft")
@@ -75,6 +76,7 @@ class Config:
     sft_steps: int = opt(1200, "steps [paper: 5 epochs; ours from scratch]", "sft")
     sft_segments: int = opt(0, "first steps, on stretches of whole reviews, not beginnings [ours]", "sft")
     sft_batch: int = opt(64, "reviews a step [official code: 128]", "sft")
+    sft_optimizer: str = opt("adamw", "muon: Muon for the blocks' matrices [ours]", "sft", ["adamw", "muon"])
     sft_lr: float = opt(2e-3, "peak learning rate [official code: 1e-5; ours from scratch]", "sft")
     # oracle
     oracle_steps: int = opt(1200, "steps [official code: 5 epochs]", "oracle")
@@ -151,12 +153,12 @@ IMDB_SMALL = IMDB | dict(                                 # ours: a small model 
     limit_responses=4096, sample_batch=1024, micro_batch_size=256)
 IMDB_MINI = IMDB_SMALL | dict(                             # ours: real reviews on a CPU; beta as on tiny
     vocab_size=4096, n_layer=4, n_head=4, n_embd=192, prompt_tokens=12, new_tokens=60, temperature=1.0,
-    sft_steps=14_000, sft_segments=9_000, sft_batch=32, sft_lr=2e-3,
-    oracle_steps=2000, oracle_batch=32, oracle_lr=5e-4,
+    sft_steps=7500, sft_segments=5000, sft_batch=32, sft_lr=3e-3, sft_optimizer="muon",
+    oracle_steps=1600, oracle_batch=32, oracle_lr=5e-4,
     prompts=9_600, labels="bt", rm_steps=1200, rm_batch=16, rm_responses=6, rm_lr=5e-4,
     align_steps=300, align_batch=32, align_lr=5e-5, beta_pi=0.5, beta_r=1.0, alpha=0.0015,
     ppo_steps=80, ppo_batch=64, ppo_lr=1e-4, ppo_critic_lr=5e-4, xpo_rounds=4, xpo_prompts=768,
-    checkpoints=8, eval_prompts=256, limit_prompts=64, limit_responses=2048, micro_batch_size=0)
+    checkpoints=6, eval_prompts=256, limit_prompts=64, limit_responses=2048, micro_batch_size=0)
 PRESETS = {"tiny": {}, "imdb-mini": IMDB_MINI, "imdb-small": IMDB_SMALL, "imdb": IMDB,
            "imdb-large": IMDB | dict(init="gpt2-large", sample_batch=128, micro_batch_size=16)}
 ALL_METHODS = dict(rounds=8)
@@ -171,6 +173,7 @@ SMOKE = dict(
     oracle_steps=30, oracle_batch=16, prompts=64, rm_steps=10, rm_batch=16, align_steps=10, align_batch=8,
     checkpoints=2, ppo_steps=4, ppo_batch=8, ppo_warmup=1, xpo_rounds=2, xpo_prompts=16,
     eval_prompts=16, limit_prompts=8, limit_responses=128, sample_batch=256)
+BUILT_IN_REVIEWS = dict(data="tiny", tokenizer="tiny", vocab_size=0, prompt_tokens=6, new_tokens=66)
 
 
 class Parser(argparse.ArgumentParser):
@@ -226,6 +229,9 @@ def parse(argv=None):
     settings = dict(PRESETS[preset])
     if given.get("method") == "all":
         settings |= ALL_METHODS | (ALL_ON_TINY if preset == "tiny" else {})
+    if smoke and settings.get("data") == "imdb" and not {"data", "imdb"} & set(given):
+        settings |= BUILT_IN_REVIEWS
+        why += "; without --imdb --smoke takes the built-in reviews"
     data = given.get("data", settings.get("data", "tiny"))
     name = preset
     if data == "imdb":

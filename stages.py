@@ -30,7 +30,7 @@ from checkpoint import (
     write_json,
     write_tensors,
 )
-from compute import Sums, UserError, adamw, batch_by_length, cosine, micro_batches, rng, update
+from compute import Muon, Sums, UserError, adamw, batch_by_length, cosine, micro_batches, rng, update
 from evaluate import measure, within_prompt_sd
 from model import GPT, GPTConfig, ScalarGPT, config_of, respond, sequence_logprob, token_logprob, trim
 
@@ -55,7 +55,7 @@ def sft(run):
         sources["sft segments"] = data.segments(sources["sft"], run.block_size)
     length = {name: lengths(run, reviews) for name, reviews in sources.items()}
     gpt = run.placed(initial_gpt(run))
-    optimizer = adamw(gpt, cfg.sft_lr)
+    optimizer = Muon(gpt, cfg.sft_lr) if cfg.sft_optimizer == "muon" else adamw(gpt, cfg.sft_lr)
     log = Log(folder / "metrics.csv")
     held_out = Rows()                                     # on the way, of a user's file: what is kept
     state = {"model": gpt, "optimizer": optimizer, "log": log, "held_out": held_out}
@@ -185,10 +185,11 @@ def evaluator(run):
     """The reward of evaluation, (ids, mask) -> (N,): --judge's, which nothing trains on, or `judge`'s."""
     if not run.cfg.judge:
         return judge(run)
+    score = run.judge
 
     def reward(ids, mask):
         prompts = [run.encoding.decode(prompt) for prompt in prompts_of(ids, mask)]
-        rewards = run.judge(prompts, texts(run, ids, mask))
+        rewards = score(prompts, texts(run, ids, mask))
         if len(rewards) != len(ids):
             raise UserError(f"--judge {run.cfg.judge} gave {len(rewards)} rewards for {len(ids)} responses: "
                             "return one for each")
@@ -198,17 +199,20 @@ def evaluator(run):
 
 # ---- responses of pi_sft ------------------------------------------------------------------------------
 
-def sample_responses(run, folder, prompts, each, rewards_only=False, model_reward=None):
+def sample_responses(run, folder, prompts, each, columns=None, rewards_only=False, model_reward=None):
     """`each` responses of pi_sft to every prompt, with the judge's reward.  -> {name: (P, each, ...)}
 
     ids and mask, padded to the block, ref_logp by the function that training uses, and reward; or rewards
     only, with those of a second reward function, model_reward, beside them.
+    columns: of the `each` only these are drawn, by the numbers that they have where all are drawn.
     """
     cfg = run.cfg
     policy = run.policy(run.folder / "sft")
     reward = evaluator(run) if rewards_only else judge(run)
-    repeated = [prompt for prompt in prompts for _ in range(each)]
-    chunks = [repeated[i:i + cfg.sample_batch] for i in range(0, len(repeated), cfg.sample_batch)]
+    columns = columns or range(each)
+    places = torch.arange(len(prompts) * each).view(-1, each)[:, list(columns)].flatten()   # (P columns,)
+    chunks = places.split(cfg.sample_batch)
+    key = run.names(folder.name.removeprefix("other_").removesuffix("-reward-model"))
     rows = Rows()
 
     def scores(ids, mask):
@@ -220,27 +224,57 @@ def sample_responses(run, folder, prompts, each, rewards_only=False, model_rewar
         return row
 
     for step, _ in resumable(folder, {"rows": rows}, len(chunks), cfg.save_every, folder.name):
-        generator = rng(*run.names(folder.name.removesuffix("-reward-model"), step))
-        new = respond(policy, chunks[step], cfg.new_tokens, cfg.temperature, run.eos_id, generator,
-                      cfg.sample_batch, scores, run.block_size)
+        uniform = uniform_rows(chunks[step], cfg.sample_batch, cfg.new_tokens, *key)
+        repeated = [prompts[place // each] for place in chunks[step].tolist()]
+        new = respond(policy, repeated, cfg.new_tokens, cfg.temperature, run.eos_id, None,
+                      cfg.sample_batch, scores, run.block_size, uniform)
         new["ids"] = new["ids"].int()
         if rewards_only:
             del new["ids"], new["mask"]
         rows.append(**new)
-    return {name: column.view(len(prompts), each, *column.shape[1:]) for name, column in rows.columns.items()}
+    return {name: column.unflatten(0, (len(prompts), len(columns))) for name, column in rows.columns.items()}
+
+
+def uniform_rows(places, batch, n, *key):
+    """Rows of an endless table of uniform numbers, which is drawn `batch` rows at a time.  -> (m, n)
+
+    places: (m,) ascending.
+    """
+    first, last = int(places[0]) // batch, int(places[-1]) // batch
+    drawn = [torch.rand(batch, n, generator=rng(*key, i)) for i in range(first, last + 1)]
+    return torch.cat(drawn)[places - first * batch]
 
 
 def responses(run):
-    """Responses of pi_sft to the training prompts, scored by the oracle; or a user's own.  -> its folder"""
+    """The two responses of pi_sft to a prompt that make its pair; or all of a user's own.  -> its folder"""
     folder = run.folder / "responses"
     upstream = [sft(run)] if run.own else [sft(run), oracle(run)]
     if not begin(folder, run.settings("responses"), upstream):
         if run.own:
             sampled = own_responses(run, "train")
         else:
-            sampled = sample_responses(run, folder, run.train_prompts(), run.cfg.responses)
+            sampled = sample_responses(run, folder, run.train_prompts(), run.cfg.responses, range(2))
         finish(folder, **{"responses.safetensors": write_tensors(folder / "responses.safetensors", sampled)})
     return folder
+
+
+def all_responses(run):
+    """Those and the other responses, which methods from rewards use.  -> their folders"""
+    first = responses(run)
+    if run.own or run.cfg.responses == 2:
+        return [first]
+    folder = run.folder / "other_responses"
+    if not begin(folder, run.settings("responses"), [sft(run), oracle(run)]):
+        others = range(2, run.cfg.responses)
+        sampled = sample_responses(run, folder, run.train_prompts(), run.cfg.responses, others)
+        finish(folder, **{"responses.safetensors": write_tensors(folder / "responses.safetensors", sampled)})
+    return [first, folder]
+
+
+def read_responses(folders):
+    """The responses in these folders, side by side.  -> {ids, mask: (P, K, T), ref_logp, reward: (P, K)}"""
+    parts = [read_tensors(folder / "responses.safetensors")[0] for folder in folders]
+    return {name: torch.cat([part[name] for part in parts], dim=1) for name in parts[0]}
 
 
 def answers(run):
@@ -388,10 +422,10 @@ def reward_model(run):
     rewards; a file of pairs has none.
     """
     cfg = run.cfg
-    folder, upstream = run.folder / "reward_model", [sft(run), responses(run)]
+    folder, upstream = run.folder / "reward_model", [sft(run), *all_responses(run)]
     if begin(folder, run.settings("reward_model"), upstream):
         return folder
-    sampled = read_tensors(upstream[1] / "responses.safetensors")[0]
+    sampled = read_responses(upstream[1:])
     R = 2 if run.own else cfg.rm_responses                # the first R responses of a prompt make its pairs
     pairs = list(itertools.combinations(range(R), 2))
     first, second = torch.tensor(pairs).T                                                # (n,), (n,) columns

@@ -95,7 +95,8 @@ def drawn_from_sft(run, feedback, K):
 
     Pairs: column 0 is the chosen response; the rewards are 1 and 0.
     """
-    sampled = read_tensors(stages.responses(run) / "responses.safetensors")[0]
+    folders = [stages.responses(run)] if feedback == "preferences" else stages.all_responses(run)
+    sampled = stages.read_responses(folders)
     P = run.cfg.align_prompts or len(sampled["ids"])
     if feedback == "preferences":
         winner = stages.winners(run, sampled["reward"][:, :2], "train")[:P]              # (P,)
@@ -178,7 +179,7 @@ def train_xpo(run, training):
     """XPO, and online DPO at --alpha 0: rounds of fresh pairs, labelled by the judge, and replay."""
     cfg, policy = run.cfg, training.policy
     history, closed = Rows(), Rows()                                 # all pairs; the rounds that ended early
-    answers = read_tensors(stages.answers(run) / "responses.safetensors")[0]
+    answers = stages.read_responses([stages.answers(run)])
     floor = -float(answers["reward"].max() - answers["reward"].min()) / cfg.beta_pi      # -R_max / beta
     schedule = xpo_schedule(cfg)
     for step, bar in training.steps(len(schedule), history=history, closed=closed):
@@ -279,7 +280,7 @@ class Training:
         sft, oracle = stages.sft(run), stages.oracle(run)
         upstream = [sft, oracle, stages.responses(run)]
         if self.feedback == "reward":
-            upstream.append(stages.climbed(run))
+            upstream += [*stages.all_responses(run), stages.climbed(run)]
         if begin(self.folder, self.settings(), upstream, self.about()):
             return True
         reference = stages.reference(run)
@@ -474,16 +475,17 @@ def announce(run):
     kept = {"all": cfg.checkpoints, "best": 2, "last": 1}[cfg.keep]
     row = 5 * run.block_size                                         # ids in int32, and the mask
     evaluated = cfg.eval_prompts * cfg.eval_samples
+    from_rewards = any(feedback == "reward" for _, feedback, _, _ in plan(cfg))
+    drawn = cfg.prompts * (cfg.responses if from_rewards or run.own else 2)
     saves = 18 if cfg.method in ("ppo", "all") else 9                # of three, a model with its moments
     models = (2 if run.own else 3) + plans * kept + saves
-    disk = models * weights + row * (cfg.prompts * cfg.responses + plans * cfg.checkpoints * evaluated)
+    disk = models * weights + row * (drawn + plans * cfg.checkpoints * evaluated)
     scores = "" if run.own else f", oracle {cfg.oracle_steps:,}"
-    climbs = cfg.reward == "model" and any(feedback == "reward" for _, feedback, _, _ in plan(cfg))
-    if run.own or climbs:
+    if run.own or (from_rewards and cfg.reward == "model"):
         scores += f", reward model {cfg.rm_steps:,}"
     print(f"steps: sft {cfg.sft_steps:,}{scores}; alignments: {plans}, evaluated {cfg.checkpoints} times "
           "each")
-    print(f"samples: {cfg.prompts * cfg.responses:,} responses, {evaluated:,} an evaluation, "
+    print(f"samples: {drawn:,} responses, {evaluated:,} an evaluation, "
           f"{cfg.limit_prompts * cfg.limit_responses:,} for the limit · disk: about {disk / 1e6:,.0f} MB, "
           f"with --keep {cfg.keep}")
 
@@ -502,8 +504,8 @@ def main(argv=None):
         compute.agreed(0)                                         # no process goes on before process 0 has it
         checkpoint.catch_signals()
         run = Run(cfg, device, bf16)
-        if cfg.judge and not callable(run.judge):
-            raise UserError(f"--judge {cfg.judge} is not there: the file has no function of this name")
+        if cfg.judge:
+            stages.evaluator(run)                                    # a wrong name shows before the work
         if run.own:
             settle(run)
         announce(run)

@@ -446,8 +446,16 @@ def test_faulty_rows_of_all_kinds_are_counted_and_the_first_ten_named(tmp_path):
     head, *named = str(error.value).split("\n")
     assert head == f"16 of 1,032 rows of {path} cannot be used: mend or remove them"
     assert [line.split(": ")[0] for line in named] == [f"{path}:{number}" for number in range(2, 22, 2)]
-    assert named[3] == f"{path}:8: a prompt of 50 tokens, more than --prompt-tokens 49"
+    assert named[3] == (f"{path}:8: a prompt of 50 tokens, more than --prompt-tokens 49: raise it, or leave "
+                        "such rows out by --skip-long")
     assert len(data.read_preferences(write(tmp_path, long), ENCODING, prompt_tokens=50)) == 1
+
+
+def test_rows_with_long_prompts_can_be_left_out_and_are_counted(tmp_path, capsys):
+    path = write(tmp_path, PAIR, PAIR | {"prompt": " film" * 50}, PAIR)
+    rows = data.read_preferences(path, ENCODING, prompt_tokens=49, skip_long=True)
+    assert [row.line for row in rows] == [1, 3]
+    assert f"{path}: 1 of 3 rows left out" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content, reason", [

@@ -126,6 +126,7 @@ def start_run(tmp_path, monkeypatch):
         return run
 
     monkeypatch.setattr(stages, "responses", lambda run: run.folder)
+    monkeypatch.setattr(stages, "all_responses", lambda run: [run.folder])
     monkeypatch.setattr(stages, "reward_model", lambda run: run.folder)
     monkeypatch.setattr(stages, "reward_function", lambda run, folder: lm.reward_of)
     monkeypatch.setattr(Run, "train_prompts", lambda run: lm.PROMPTS.tolist() * (run.cfg.prompts // 3))

@@ -13,6 +13,7 @@ from conftest import run_train
 
 import data
 import figures
+import sample
 import settings
 import stages
 from checkpoint import read_json, read_tensors
@@ -122,7 +123,7 @@ def score(prompts, responses):
 """
 
 
-def test_a_judge_of_ones_own_evaluates_and_no_method_climbs_it(pairs, tmp_path):
+def test_a_judge_of_ones_own_evaluates_and_no_method_climbs_it(pairs, tmp_path, capsys, monkeypatch):
     """XPO asks for labels on the way: those stay the reward model's."""
     run, file, _ = pairs
     (tmp_path / "my_reward.py").write_text(JUDGE)
@@ -141,6 +142,13 @@ def test_a_judge_of_ones_own_evaluates_and_no_method_climbs_it(pairs, tmp_path):
         judged.judge(prompts, stages.texts(judged, ids, mask)))
     table = (tmp_path / "with/table.csv").read_text()
     assert "wins_sft_judge" in table and "wins_sft_rm" in table
+    monkeypatch.setenv("COLUMNS", "500")
+    sample.main([str(tmp_path / "with"), "--prompt", "Film number 0 was", "--n", "1"])
+    shown = capsys.readouterr().out.splitlines()
+    policy, reward, _, text = shown[3].split(maxsplit=3)
+    assert f"reward: --judge {tmp_path / 'my_reward.py'}:score" in shown[0] and policy == "pi_sft"
+    by_judge = judged.judge(prompts[:1], [text.removesuffix(" …")])
+    assert float(reward) == pytest.approx(by_judge[0], abs=0.006)
 
 
 @pytest.mark.parametrize("judge", ["nowhere.py:score", "my_reward.py:other", "my_reward.py"])

@@ -70,6 +70,21 @@ def test_responses_are_prompt_response_padding_and_have_the_log_probs_of_pi_sft(
     assert (logp - sampled["ref_logp"].flatten()).abs().max() < 1e-4
 
 
+def test_pairs_take_two_responses_and_the_others_follow_by_the_same_random_numbers(finished, smoke, tmp_path):
+    for folder in ("responses", "other_responses", "reward_model", ALIGNED):
+        shutil.rmtree(finished / folder)
+    ended = small(finished, "--feedback", "preferences", "--align-steps", "2", "--limit-responses", "0")
+    assert ended.code == 0 and "samples: 64 responses" in ended.out, ended.err
+    assert not (finished / "other_responses").exists()
+    run = open_run(finished)
+    drawn = stages.read_responses(stages.all_responses(run))
+    for name, column in stages.read_responses([smoke / "responses", smoke / "other_responses"]).items():
+        assert torch.equal(drawn[name], column)
+    at_once = stages.sample_responses(run, tmp_path / "at once" / "responses", run.train_prompts(), 8)
+    assert torch.equal(drawn["ids"], at_once["ids"]) and torch.equal(drawn["mask"], at_once["mask"])
+    assert (drawn["ref_logp"] - at_once["ref_logp"]).abs().max() < 1e-4
+
+
 def test_trials_are_evaluated_on_training_prompts_that_no_method_aligns_on(finished):
     cfg = Config(**read_json(finished / "config.json") | {"eval_split": "train", "run": str(finished)})
     (finished / "reference" / "stage.json").unlink()
@@ -94,7 +109,7 @@ def test_with_the_oracle_as_reward_there_is_no_reward_model(begun):
     assert small(begun, "--reward", "oracle", "--method", "ppo").code == 0
     assert not (begun / "reward_model").exists() and (begun / "ppo-reward-oracle-s0" / "eval.csv").exists()
     run = open_run(begun)
-    by_oracle = read_tensors(begun / "responses" / "responses.safetensors")[0]["reward"]
+    by_oracle = stages.read_responses(stages.all_responses(run))["reward"]
     assert torch.equal(train.drawn_from_sft(run, "reward", 4)["reward"], by_oracle[:, :4])
 
 

@@ -1,4 +1,5 @@
 """Statements about the GPT-2 of model.py: the same as transformers', log-probs, exact sampling, files."""
+import copy
 import json
 import weakref
 
@@ -10,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import data
 import model
 from checkpoint import read_tensors
-from compute import UserError
+from compute import Muon, UserError
 from model import GPT, GPTConfig, ScalarGPT, generate, respond, sample, sequence_logprob, token_logprob
 
 EOS = 12                                            # of the fixture gpt: 13 words, 24 positions
@@ -113,6 +114,36 @@ def test_saved_models_are_read_back_bit_for_bit(gpt, tmp_path):
     assert again.config == gpt.config
     for ours, read in ((gpt, again), (scorer, scorer_again)):
         torch.testing.assert_close(read.state_dict(), ours.state_dict(), rtol=0, atol=0)
+
+
+# ---- Muon ------------------------------------------------------------------------------------------------
+
+def test_muon_turns_a_matrix_alike_in_all_directions_and_goes_on_from_its_state():
+    """Its first step on a matrix is near U V^T of the gradient's decomposition, as long as AdamW's."""
+    torch.manual_seed(0)
+    gpt, again = (GPT(GPTConfig(2, 2, 16, 13, 24)) for _ in range(2))
+    optimizer = Muon(gpt, 0.01)
+
+    def step(gpt, optimizer):
+        ids = random_ids(64, 12)
+        token_logprob(gpt, ids, (torch.arange(12) > 0).expand(64, 12)).mean().neg().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    before = gpt.h[0].mlp.c_fc.weight.detach().clone()
+    embedding = gpt.wte.weight.detach().clone()
+    step(gpt, optimizer)
+    turned = torch.linalg.svdvals(before - gpt.h[0].mlp.c_fc.weight.detach())            # (16,)
+    size = turned / (0.01 * 0.2 * 64 ** 0.5)
+    assert 0.6 < size[:-1].min() and size.max() < 1.3           # but for where the gradient is nearly 0
+    assert (embedding - gpt.wte.weight.detach()).abs().median() == pytest.approx(0.01, rel=1e-3)
+    again.load_state_dict(gpt.state_dict())
+    restored = Muon(again, 0.5)
+    restored.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for one, its in ((gpt, optimizer), (again, restored)):
+        step(one, its)
+    for name, weight in gpt.state_dict().items():
+        assert torch.equal(weight, again.state_dict()[name]), name
 
 
 # ---- the scalar head -------------------------------------------------------------------------------------

@@ -143,6 +143,15 @@ def test_a_compiled_run_learns_what_an_eager_one_does(begun, smoke, monkeypatch)
     assert [row["loss"] for row in ours] == pytest.approx([row["loss"] for row in theirs], rel=1e-3)
 
 
+def test_smoke_of_an_imdb_preset_reads_the_built_in_reviews_unless_archives_are_given():
+    for preset in ("imdb-mini", "imdb-small", "imdb"):
+        cfg, why = parse(["--preset", preset, "--smoke"])
+        assert (cfg.data, cfg.tokenizer, cfg.init, cfg.run) == ("tiny", "tiny", "", f"runs/{preset}-smoke")
+        assert "built-in reviews" in why and cfg.temperature == parse(["--preset", preset])[0].temperature
+        assert parse(["--preset", preset, "--smoke", "--imdb", "x"])[0].data == "imdb"
+        assert parse(["--preset", preset, "--smoke", "--data", "imdb"])[0].data == "imdb"
+
+
 def test_presets_are_those_of_the_paper_and_flags_win():
     cfg, _ = parse(["--preset", "imdb", "--align-steps", "77"])
     assert (cfg.beta_pi, cfg.beta_r, cfg.temperature, cfg.align_lr, cfg.eps) == (0.1, 0.1, 0.8, 1e-6, 1e-3)

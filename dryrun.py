@@ -31,10 +31,11 @@ def stages(cfg, plan):
     """The stages of a run with these alignments, (method, feedback, K, rounds) each."""
     evaluated = cfg.eval_prompts * cfg.eval_samples
     yield Stage("sft", cfg.sft_steps, cfg.sft_batch, trained=1)
-    yield Stage("oracle", cfg.oracle_steps, cfg.oracle_batch, trained=1)
     from_rewards = any(feedback == "reward" for _, feedback, _, _ in plan)
-    yield Stage("responses", sampled=cfg.prompts * (cfg.responses if from_rewards else 2), fixed=2)
-    if from_rewards and cfg.reward == "model":
+    if not cfg.own:
+        yield Stage("oracle", cfg.oracle_steps, cfg.oracle_batch, trained=1)
+        yield Stage("responses", sampled=cfg.prompts * (cfg.responses if from_rewards else 2), fixed=2)
+    if cfg.own or (from_rewards and cfg.reward == "model"):
         yield Stage("reward_model", cfg.rm_steps, cfg.rm_responses * cfg.rm_batch, trained=1)
     for method, feedback, K, rounds in plan:
         name = f"{method}-{feedback}" + (f"-k{K}" if K else "") + (f"-rounds{rounds}" if rounds > 1 else "")
@@ -73,6 +74,13 @@ def operations(config, stage, T):
     head = T * 2 * config.n_embd * config.vocab_size * (stage.name not in ("oracle", "reward_model"))
     trained = stage.steps * stage.batch * (3 * body * stage.trained + 4 * head)
     return trained + stage.sampled * (4 * body + 3 * head)               # drawn, then read by three models
+
+
+def rest(cfg, plan):
+    """The operations of all that follows SFT, over those of SFT."""
+    T = cfg.prompt_tokens + cfg.new_tokens
+    first, *others = [operations(shape(cfg), stage, T) for stage in stages(cfg, plan)]
+    return sum(others) / first
 
 
 def memory(cfg, config, stage, cuda):

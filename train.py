@@ -490,6 +490,17 @@ def announce(run):
           f"with --keep {cfg.keep}")
 
 
+def begin_with_sft(run):
+    """Trains pi_sft, unless it is there; its speed then tells how long the rest will take."""
+    begun = (run.folder / "sft").exists()
+    start = time.perf_counter()
+    stages.sft(run)
+    minutes = (time.perf_counter() - start) / 60
+    if not begun:
+        rest = minutes * dryrun.rest(run.cfg, len(run.cfg.seeds) * plan(run.cfg))
+        print(f"sft took {minutes:.1f} minutes; at its speed the rest takes about {rest:.1f}")
+
+
 def main(argv=None):
     """The command: every stage and alignment that is not there yet, then the figures and the table."""
     cfg, why = parse(argv)
@@ -509,6 +520,7 @@ def main(argv=None):
         if run.own:
             settle(run)
         announce(run)
+        begin_with_sft(run)
         for seed in cfg.seeds:
             for method, feedback, K, rounds in plan(cfg):
                 align(run, method, feedback, K, rounds, seed)

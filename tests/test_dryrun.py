@@ -60,6 +60,15 @@ def test_the_imdb_preset_fits_24_gb_and_its_stages_are_told_without_a_download(t
     assert rows["responses"][2] == f"{25_000 * 8 * 512 / 1e6:.2f}"
 
 
+def test_the_rest_of_a_run_is_all_that_follows_sft_for_every_seed():
+    cfg, _ = parse(["--preset", "tiny", "--method", "all"])
+    one, three = (dryrun.rest(cfg, n * train.plan(cfg)) for n in (1, 3))
+    T, config = 72, dryrun.shape(cfg)
+    sft, *others = [dryrun.operations(config, stage, T) for stage in dryrun.stages(cfg, train.plan(cfg))]
+    alignments = sum(others[3:-1]) / sft                             # after oracle, responses, reward model
+    assert one == pytest.approx(sum(others) / sft) and three - one == pytest.approx(2 * alignments)
+
+
 def test_flags_that_fit_are_named_for_less_memory():
     cfg, _ = parse(["--preset", "imdb"])
     config, found = dryrun.shape(cfg), list(dryrun.stages(cfg, train.plan(cfg)))

@@ -28,6 +28,7 @@ def test_one_command_leaves_policies_metrics_samples_and_the_frontier(first_run)
     assert metrics[0]["lr"] == 1e-4 and 0 < metrics[-1]["lr"] < metrics[1]["lr"]
     assert "steps: sft 6, oracle 6, reward model 6; alignments: 1, evaluated 2 times each" in ended.out
     assert "samples: 256 responses, 32 an evaluation, 512 for the limit" in ended.out
+    assert "sft took 0." in ended.out and "at its speed the rest takes about" in ended.out
     disk = int(ended.out.split("disk: about ")[1].split(" MB")[0])      # MB, while it runs
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6 < disk + 1
     assert ended.out.endswith(f"{folder}/frontier.png and others · samples: {folder / ALIGNED}/samples.md\n")
@@ -51,7 +52,8 @@ def test_all_methods_in_one_command_leave_a_policy_each(all_methods):
 def test_a_second_method_starts_at_its_alignment_and_there_at_the_reference(finished):
     """The cached log pi_sft are those that training computes: DPO's loss starts at log 2."""
     stamps = {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")}
-    assert small(finished, "--method", "dpo", "--feedback", "preferences").code == 0
+    ended = small(finished, "--method", "dpo", "--feedback", "preferences")
+    assert ended.code == 0 and "sft took" not in ended.out
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
     first = read_csv(finished / "dpo-preferences-s0" / "metrics.csv")[0]
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-4)

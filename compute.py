@@ -202,8 +202,11 @@ class Muon:
         chosen = set(matrices)
         others = [p for p in gpt.parameters() if p not in chosen]
         self.matrices = torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
-        self.others = torch.optim.AdamW(others, lr=lr, betas=ADAM_BETAS, weight_decay=0.0, fused=True)
-        self.param_groups = self.matrices.param_groups + self.others.param_groups
+        self.others = adamw(torch.nn.ParameterList(others), lr)
+
+    @property
+    def param_groups(self):
+        return self.matrices.param_groups + self.others.param_groups
 
     def step(self):
         self.matrices.step()
@@ -219,7 +222,6 @@ class Muon:
     def load_state_dict(self, state):
         self.matrices.load_state_dict(state["matrices"])
         self.others.load_state_dict(state["others"])
-        self.param_groups = self.matrices.param_groups + self.others.param_groups
 
 
 def cosine(step, steps, warmup=0.0):

@@ -360,7 +360,8 @@ def read_preferences(path, encoding, prompt_tokens=None, skip_long=False):
     repeated = [os.path.commonprefix([prompt, *texts]) == prompt for _, prompt, texts, _ in parsed.values()]
     cut = 2 * sum(repeated) > len(parsed)
     first = min(parsed, default=None)
-    rows, skipped = [], 0
+    rows = []
+    skipped = 0
     for number, (kind, prompt, texts, rewards) in tqdm(parsed.items(), f"tokenize {path}", delay=2):
         if cut:
             texts = [text.removeprefix(prompt) for text in texts]

@@ -79,7 +79,8 @@ def operations(config, stage, T):
 def rest(cfg, plan):
     """The operations of all that follows SFT, over those of SFT."""
     T = cfg.prompt_tokens + cfg.new_tokens
-    first, *others = [operations(shape(cfg), stage, T) for stage in stages(cfg, plan)]
+    config = shape(cfg)
+    first, *others = [operations(config, stage, T) for stage in stages(cfg, plan)]
     return sum(others) / first
 
 

@@ -111,12 +111,13 @@ class GPT(nn.Module):
             from data import cache_folder, fetch  # here, as only a download needs what stands below this file
 
             *_, size, sha256 = RELEASED[source]
+            config = config_of(source)
             path = cache_folder() / source / "pytorch_model.bin"
             url = f"https://huggingface.co/openai-community/{source}/resolve/main/pytorch_model.bin"
             fetch(url, path, size, sha256, "name a folder by --init, or use --preset tiny or imdb-small")
         else:
-            _, path = open_folder(source)
-        return load_weights(cls(config_of(source)), path)
+            config, path = open_folder(source)
+        return load_weights(cls(config), path)
 
     def save_pretrained(self, folder, eos_id=None):
         """Writes what transformers opens as GPT2LMHeadModel.  -> the sha256 of model.safetensors"""
@@ -334,13 +335,12 @@ def respond(policy, prompts, max_new_tokens, temperature, eos_id, generator, row
     uniform: (N, max_new_tokens), by default from the generator, which must be alike in every process.
     """
     T = T or max(map(len, prompts)) + max_new_tokens
+    if uniform is None:
+        uniform = torch.rand(len(prompts), max_new_tokens, generator=generator)
     parts = []
     for first in range(0, len(prompts), rows):
         chunk = prompts[first:first + rows]
-        if uniform is None:
-            numbers = torch.rand(len(chunk), max_new_tokens, generator=generator)        # (n, t)
-        else:
-            numbers = uniform[first:first + rows]                                        # (n, t)
+        numbers = uniform[first:first + rows]                                            # (n, t)
         split = len(chunk) >= world()               # else each process does all of it
         if split:
             chunk, numbers = own_rows(chunk), own_rows(numbers)

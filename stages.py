@@ -199,12 +199,13 @@ def evaluator(run):
 
 # ---- responses of pi_sft ------------------------------------------------------------------------------
 
-def sample_responses(run, folder, prompts, each, columns=None, rewards_only=False, model_reward=None):
+def sample_responses(run, folder, name, prompts, each, columns=None, rewards_only=False, model_reward=None):
     """`each` responses of pi_sft to every prompt, with the judge's reward.  -> {name: (P, each, ...)}
 
     ids and mask, padded to the block, ref_logp by the function that training uses, and reward; or rewards
     only, with those of a second reward function, model_reward, beside them.
-    columns: of the `each` only these are drawn, by the numbers that they have where all are drawn.
+    name: what the random numbers depend on.  columns: of the `each` only these are drawn, by the numbers that
+    they have where all are drawn.
     """
     cfg = run.cfg
     policy = run.policy(run.folder / "sft")
@@ -212,7 +213,6 @@ def sample_responses(run, folder, prompts, each, columns=None, rewards_only=Fals
     columns = columns or range(each)
     places = torch.arange(len(prompts) * each).view(-1, each)[:, list(columns)].flatten()   # (P columns,)
     chunks = places.split(cfg.sample_batch)
-    key = run.names(folder.name.removeprefix("other_").removesuffix("-reward-model"))
     rows = Rows()
 
     def scores(ids, mask):
@@ -224,7 +224,7 @@ def sample_responses(run, folder, prompts, each, columns=None, rewards_only=Fals
         return row
 
     for step, _ in resumable(folder, {"rows": rows}, len(chunks), cfg.save_every, folder.name):
-        uniform = uniform_rows(chunks[step], cfg.sample_batch, cfg.new_tokens, *key)
+        uniform = uniform_rows(chunks[step], cfg.sample_batch, cfg.new_tokens, *run.names(name))
         repeated = [prompts[place // each] for place in chunks[step].tolist()]
         new = respond(policy, repeated, cfg.new_tokens, cfg.temperature, run.eos_id, None,
                       cfg.sample_batch, scores, run.block_size, uniform)
@@ -247,13 +247,11 @@ def uniform_rows(places, batch, n, *key):
 
 def responses(run):
     """The two responses of pi_sft to a prompt that make its pair; or all of a user's own.  -> its folder"""
+    if not run.own:
+        return drawn_responses(run, "responses", run.cfg.responses, range(2))
     folder = run.folder / "responses"
-    upstream = [sft(run)] if run.own else [sft(run), oracle(run)]
-    if not begin(folder, run.settings("responses"), upstream):
-        if run.own:
-            sampled = own_responses(run, "train")
-        else:
-            sampled = sample_responses(run, folder, run.train_prompts(), run.cfg.responses, range(2))
+    if not begin(folder, run.settings("responses"), [sft(run)]):
+        sampled = own_responses(run, "train")
         finish(folder, **{"responses.safetensors": write_tensors(folder / "responses.safetensors", sampled)})
     return folder
 
@@ -263,12 +261,17 @@ def all_responses(run):
     first = responses(run)
     if run.own or run.cfg.responses == 2:
         return [first]
-    folder = run.folder / "other_responses"
+    K = run.cfg.responses
+    return [first, drawn_responses(run, "other_responses", K, range(2, K), name="responses")]
+
+
+def drawn_responses(run, stage, each, columns=None, name=None):
+    """A stage of responses of pi_sft to the training prompts, as `sample_responses` draws.  -> its folder"""
+    folder = run.folder / stage
     if not begin(folder, run.settings("responses"), [sft(run), oracle(run)]):
-        others = range(2, run.cfg.responses)
-        sampled = sample_responses(run, folder, run.train_prompts(), run.cfg.responses, others)
+        sampled = sample_responses(run, folder, name or stage, run.train_prompts(), each, columns)
         finish(folder, **{"responses.safetensors": write_tensors(folder / "responses.safetensors", sampled)})
-    return [first, folder]
+    return folder
 
 
 def read_responses(folders):
@@ -281,11 +284,7 @@ def answers(run):
     """A response of pi_sft to each training prompt, for XPO; a user's file has none.  -> its folder"""
     if not run.own:
         return responses(run)
-    folder = run.folder / "answers"
-    if not begin(folder, run.settings("responses"), [sft(run), oracle(run)]):
-        sampled = sample_responses(run, folder, run.train_prompts(), 1)
-        finish(folder, **{"responses.safetensors": write_tensors(folder / "responses.safetensors", sampled)})
-    return folder
+    return drawn_responses(run, "answers", 1)
 
 
 def limit(run):
@@ -294,16 +293,17 @@ def limit(run):
     Where there is a reward model beside what evaluates, with its rewards of the same responses, model_reward.
     """
     cfg = run.cfg
-    folder = run.folder / f"limit-{cfg.limit_prompts}x{cfg.limit_responses}"
+    name = f"limit-{cfg.limit_prompts}x{cfg.limit_responses}"
+    folder = run.folder / name
     upstream = [sft(run), oracle(run)]
     both = run.judged_by != "rm" and finished(run.folder / "reward_model")
     if both:
         upstream.append(reward_model(run))
-        folder = folder.with_name(folder.name + "-reward-model")
+        folder = run.folder / f"{name}-reward-model"
     if not begin(folder, run.settings("limit"), upstream):
         model_reward = reward_function(run, upstream[-1]) if both else None
         prompts = run.prompts(run.evaluated, cfg.limit_prompts)
-        sampled = sample_responses(run, folder, prompts, cfg.limit_responses, rewards_only=True,
+        sampled = sample_responses(run, folder, name, prompts, cfg.limit_responses, rewards_only=True,
                                    model_reward=model_reward)
         finish(folder, **{"rewards.safetensors": write_tensors(folder / "rewards.safetensors", sampled)})
     return folder

@@ -278,9 +278,10 @@ class Training:
         """Makes the stages before it, then all that the loops need.  -> whether it is finished already"""
         run = self.run
         sft, oracle = stages.sft(run), stages.oracle(run)
-        upstream = [sft, oracle, stages.responses(run)]
         if self.feedback == "reward":
-            upstream += [*stages.all_responses(run), stages.climbed(run)]
+            upstream = [sft, oracle, *stages.all_responses(run), stages.climbed(run)]
+        else:
+            upstream = [sft, oracle, stages.responses(run)]
         if begin(self.folder, self.settings(), upstream, self.about()):
             return True
         reference = stages.reference(run)
@@ -475,13 +476,13 @@ def announce(run):
     kept = {"all": cfg.checkpoints, "best": 2, "last": 1}[cfg.keep]
     row = 5 * run.block_size                                         # ids in int32, and the mask
     evaluated = cfg.eval_prompts * cfg.eval_samples
-    from_rewards = any(feedback == "reward" for _, feedback, _, _ in plan(cfg))
-    drawn = cfg.prompts * (cfg.responses if from_rewards or run.own else 2)
+    planned = {stage.name: stage for stage in dryrun.stages(cfg, plan(cfg))}
+    drawn = cfg.prompts * cfg.responses if run.own else planned["responses"].sampled
     saves = 18 if cfg.method in ("ppo", "all") else 9                # of three, a model with its moments
     models = (2 if run.own else 3) + plans * kept + saves
     disk = models * weights + row * (drawn + plans * cfg.checkpoints * evaluated)
     scores = "" if run.own else f", oracle {cfg.oracle_steps:,}"
-    if run.own or (from_rewards and cfg.reward == "model"):
+    if "reward_model" in planned:
         scores += f", reward model {cfg.rm_steps:,}"
     print(f"steps: sft {cfg.sft_steps:,}{scores}; alignments: {plans}, evaluated {cfg.checkpoints} times "
           "each")

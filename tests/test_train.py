@@ -82,7 +82,7 @@ def test_pairs_take_two_responses_and_the_others_follow_by_the_same_random_numbe
     drawn = stages.read_responses(stages.all_responses(run))
     for name, column in stages.read_responses([smoke / "responses", smoke / "other_responses"]).items():
         assert torch.equal(drawn[name], column)
-    at_once = stages.sample_responses(run, tmp_path / "at once" / "responses", run.train_prompts(), 8)
+    at_once = stages.sample_responses(run, tmp_path / "at once", "responses", run.train_prompts(), 8)
     assert torch.equal(drawn["ids"], at_once["ids"]) and torch.equal(drawn["mask"], at_once["mask"])
     assert (drawn["ref_logp"] - at_once["ref_logp"]).abs().max() < 1e-4
 

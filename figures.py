@@ -259,15 +259,15 @@ def curves(run, groups):
 def training(run, groups):
     """What metrics.csv has of each step, of the first seed of a line; PPO has no margin."""
     figure, loss, margin, both = canvas(run, "", "step", "loss", "implicit reward: margin",
-                                        "of the chosen; of the rejected, dotted")
+                                        "of the chosen; of the rejected, thin")
     figure.suptitle(f"{run.folder.name}: the batches of training")
     panels = {"loss": loss, "rewards_margin": margin, "rewards_chosen": both, "rewards_rejected": both}
     for group in groups:
         rows = evaluate.read_csv(group.members[0].folder / "metrics.csv")
-        look = group.look | {"marker": "", "linewidth": 1}
+        look = group.look | {"marker": ""}
         for name, axes in panels.items():
             if name in rows[0]:
-                look["linestyle"] = ":" if name == "rewards_rejected" else "-"
+                look["linewidth"] = 0.4 if name == "rewards_rejected" else 1
                 values = [row[name] for row in rows]
                 axes.plot([row["step"] for row in rows], values, label=group.label, **look)
     save(figure, run.folder / "training.png")

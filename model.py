@@ -5,6 +5,7 @@ weights load by equal names and transformers opens a saved folder as the same mo
 prompt, one contiguous response, then padding.  Padding is on the right, so causal attention never sees it and
 positions are 0..T-1.  N rows, T tokens, C channels, H heads, D = C / H, V vocabulary.
 """
+import contextlib
 import math
 from collections import OrderedDict
 from dataclasses import asdict, dataclass
@@ -13,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from checkpoint import read_json, read_tensors, write_json, write_tensors
 from compute import UserError, gather, move, own_rows, world
@@ -29,6 +31,15 @@ class GPTConfig:
     block_size: int
 
 
+def attention_kernels(x):
+    """How whole rows attend: as PyTorch chooses, but on a CPU under --matmul medium by plain products.
+
+    There the fused attention's backward is 3 to 20 times slower than under highest; a step then gains 1.5.
+    """
+    plain = x.device.type == "cpu" and torch.get_float32_matmul_precision() != "highest"
+    return sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext()
+
+
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -42,7 +53,8 @@ class Attention(nn.Module):
         qkv = self.c_attn(x).view(N, T, 3, self.n_head, -1)                 # (N, T, 3C) -> (N, T, 3, H, D)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                # 3 x (N, H, T, D)
         if cache is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)     # (N, H, T, D)
+            with attention_kernels(x):
+                y = F.scaled_dot_product_attention(q, k, v, is_causal=True)             # (N, H, T, D)
         else:
             y = cache.attend(layer, q, k, v)                                # (N, H, T, D)
         return self.c_proj(y.transpose(1, 2).reshape(N, T, C))              # (N, H, T, D) -> (N, T, C)

@@ -151,14 +151,14 @@ IMDB_SMALL = IMDB | dict(                                 # ours: a small model 
     prompts=12_800, rm_steps=400, rm_batch=64, rm_lr=1e-4,                                # 2 epochs
     align_steps=200, align_lr=3e-5, ppo_lr=3e-5, ppo_critic_lr=1e-4,
     limit_responses=4096, sample_batch=1024, micro_batch_size=256)
-IMDB_MINI = IMDB_SMALL | dict(                             # ours: real reviews on a CPU; beta as on tiny
+IMDB_MINI = IMDB_SMALL | dict(                             # ours: real reviews on a CPU
     vocab_size=4096, n_layer=4, n_head=4, n_embd=192, prompt_tokens=12, new_tokens=60, temperature=1.0,
-    sft_steps=7500, sft_segments=5000, sft_batch=32, sft_lr=3e-3, sft_optimizer="muon",
+    sft_steps=5000, sft_segments=3300, sft_batch=32, sft_lr=3e-3, sft_optimizer="muon",
     oracle_steps=1600, oracle_batch=32, oracle_lr=5e-4,
-    prompts=9_600, labels="bt", rm_steps=1200, rm_batch=16, rm_responses=6, rm_lr=5e-4,
-    align_steps=300, align_batch=32, align_lr=3e-5, beta_pi=0.5, beta_r=1.0, alpha=0.0015,
-    ppo_steps=80, ppo_batch=64, ppo_lr=1e-4, ppo_critic_lr=5e-4, xpo_rounds=4, xpo_prompts=768,
-    checkpoints=6, eval_prompts=256, limit_prompts=64, limit_responses=1024, micro_batch_size=0)
+    prompts=9_600, labels="bt", rm_steps=800, rm_batch=16, rm_responses=6, rm_lr=5e-4,
+    align_steps=300, align_batch=32, align_lr=5e-5, beta_pi=0.75, beta_r=1.0, alpha=0.00225,
+    ppo_steps=80, ppo_batch=64, ppo_lr=3e-5, ppo_critic_lr=5e-4, xpo_rounds=4, xpo_prompts=768,
+    checkpoints=6, eval_prompts=256, limit_prompts=64, limit_responses=4096, micro_batch_size=0)
 PRESETS = {"tiny": {}, "imdb-mini": IMDB_MINI, "imdb-small": IMDB_SMALL, "imdb": IMDB,
            "imdb-large": IMDB | dict(init="gpt2-large", sample_batch=128, micro_batch_size=16)}
 ALL_METHODS = dict(rounds=8)

@@ -20,6 +20,7 @@ from checkpoint import read_json, read_tensors, write_json, write_tensors
 from compute import UserError, gather, move, own_rows, world
 
 CHUNK, CUDA_CHUNK = 2 ** 23, 2 ** 27                # logits alive at once: 32 MiB, 512 MiB on a GPU
+CPU_ROWS = 64                                       # scored at once: whole batches do not fit a CPU's caches
 
 
 @dataclass
@@ -342,7 +343,7 @@ def respond(policy, prompts, max_new_tokens, temperature, eos_id, generator, row
             uniform=None):
     """Samples a response to each prompt, `rows` at a time, and measures it; each process does its share.
 
-    prompts: (N, T0) ids, or N id lists.  measure: (ids, mask) of n rows -> {name: (n,) or (n, t)}.
+    prompts: (N, T0) ids, or N id lists.  measure: (ids, mask) of some rows -> {name: (n,) or (n, t)}.
     -> {ids, mask: (N, T), name: (N,) or (N, T)} on the CPU, in the prompts' order; T: if given, the width.
     uniform: (N, max_new_tokens), by default from the generator, which must be alike in every process.
     """
@@ -357,7 +358,10 @@ def respond(policy, prompts, max_new_tokens, temperature, eos_id, generator, row
         if split:
             chunk, numbers = own_rows(chunk), own_rows(numbers)
         ids, mask = generate(policy, chunk, max_new_tokens, temperature, eos_id, uniform=numbers)
-        part = {"ids": ids, "mask": mask} | measure(ids, mask)
+        n = len(ids) if ids.is_cuda else CPU_ROWS
+        pieces = [measure(*piece) for piece in zip(ids.split(n), mask.split(n))]
+        part = {"ids": ids, "mask": mask}
+        part |= {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
         for name, column in part.items():
             if column.shape == mask.shape:          # a number a token, not a row
                 pad = (eos_id or 0) if name == "ids" else 0

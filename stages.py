@@ -32,7 +32,17 @@ from checkpoint import (
 )
 from compute import Muon, Sums, UserError, adamw, batch_by_length, cosine, micro_batches, rng, update
 from evaluate import measure, within_prompt_sd
-from model import GPT, GPTConfig, ScalarGPT, config_of, respond, sequence_logprob, token_logprob, trim
+from model import (
+    CPU_ROWS,
+    GPT,
+    GPTConfig,
+    ScalarGPT,
+    config_of,
+    respond,
+    sequence_logprob,
+    token_logprob,
+    trim,
+)
 
 # ---- SFT and the oracle -------------------------------------------------------------------------------
 
@@ -533,7 +543,8 @@ def score_responses(run, scorer, sampled, index, columns):
 def score_all(run, scorer, sampled):
     """The same of all responses to all prompts, on the CPU.  -> (P, K)"""
     P, K = sampled["reward"].shape
-    chunks = torch.arange(P).split(max(1, run.cfg.sample_batch // K))
+    rows = run.cfg.sample_batch if run.device.type == "cuda" else CPU_ROWS
+    chunks = torch.arange(P).split(max(1, rows // K))
     return torch.cat([score_responses(run, scorer, sampled, index, K).cpu() for index in chunks])
 
 

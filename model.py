@@ -33,9 +33,9 @@ class GPTConfig:
 
 
 def attention_kernels(x):
-    """How whole rows attend: as PyTorch chooses, but on a CPU under --matmul medium by plain products.
+    """How whole rows attend: as PyTorch chooses, but on a CPU below --matmul highest by plain products.
 
-    There the fused attention's backward is 3 to 20 times slower than under highest; a step then gains 1.5.
+    Under medium the fused attention's backward is 3 to 20 times slower there: a whole step gains 1.5 times.
     """
     plain = x.device.type == "cpu" and torch.get_float32_matmul_precision() != "highest"
     return sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext()

@@ -3,24 +3,24 @@
 The limit.  Of all policies with a given average KL the best is pi*_beta with one beta for all prompts (the
 Lagrangian separates over prompts).  On M responses of pi_sft a prompt, with w = softmax(r / beta):
 
-    r*(beta) = sum w r,    KL*(beta) = sum w log(M w)
+    r*(beta) = sum w r,    KL*(beta) = sum w log(M w),    log Z = log mean exp(r / beta)
 
-The vertical distance to it is the paper's own objective:  r*(k) - r(pi) = beta(k) E_x KL(pi || pi*_beta(k)).
+J_beta = r - beta KL is at most beta log Z at *every* beta, so the limit at a KL k is  min over beta of
+beta (log Z + k), and the KL that a reward r needs is  max over beta of  r / beta - log Z.
 Shapes: P prompts, S responses of a policy to each, M of pi_sft; N rows of T tokens.
 """
-import csv
 import math
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from compute import UserError
-from model import respond, rows_at_once
+from model import CHUNK
 
-# ---- sampling and scoring a policy -------------------------------------------------------------------------
+BETAS = np.geomspace(100, 0.02, 200)
 
+
+# ---- a policy's KL and reward ------------------------------------------------------------------------
 
 @torch.no_grad()
 def sequence_kl(policy, ref, ids, mask, temperature):
@@ -29,39 +29,24 @@ def sequence_kl(policy, ref, ids, mask, temperature):
     First: the sum over the response's states of the KL between the two next-token distributions, over the
     full vocabulary (Rao-Blackwellised, arXiv 2504.10637).  Second: the plain log-ratio, "k1".
     """
-    states = policy.hidden(ids[:, :-1])[mask[:, 1:]]                            # (N, T-1, C) -> (n, C)
-    ref_states = ref.hidden(ids[:, :-1])[mask[:, 1:]]                           # (N, T-1, C) -> (n, C)
-    rows = rows_at_once(policy)
-    full, plain = [], []
-    for h, ref_h, target in zip(states.split(rows), ref_states.split(rows), ids[mask].split(rows)):
-        logp = F.log_softmax(policy.head(h) / temperature, dim=-1)              # (m, V)
-        log_ratio = logp - F.log_softmax(ref.head(ref_h) / temperature, dim=-1)             # (m, V)
-        full.append((logp.exp() * log_ratio).sum(-1))                           # (m,)
-        plain.append(log_ratio.gather(1, target[:, None]).squeeze(1))           # (m,)
+    before = mask[:, 1:]                                                        # (N, T-1), of a token's state
+    states = policy.hidden(ids[:, :-1])[before], ref.hidden(ids[:, :-1])[before]            # (M, C) each
+    rows = max(1, CHUNK // policy.config.vocab_size)                            # of logits at a time
+    kl, k1 = [], []
+    for ours, theirs, token in zip(*[tensor.split(rows) for tensor in (*states, ids[mask])]):
+        logp = F.log_softmax(policy.head(ours) / temperature, dim=-1)           # (m, V)
+        log_ratio = logp - F.log_softmax(ref.head(theirs) / temperature, dim=-1)
+        kl.append((logp.exp() * log_ratio).sum(1))                              # (m, V) -> (m,)
+        k1.append(log_ratio.gather(1, token[:, None]).squeeze(1))               # (m, V) -> (m,)
     zeros = torch.zeros(mask.shape, device=ids.device)                          # (N, T)
-    kl = zeros.masked_scatter(mask, torch.cat(full)).sum(1)                     # (n,) -> (N, T) -> (N,)
-    k1 = zeros.masked_scatter(mask, torch.cat(plain)).sum(1)                    # (n,) -> (N, T) -> (N,)
-    return kl, k1
-
-
-@torch.no_grad()
-def measure(policy, ref, reward, prompts, each, max_new_tokens, temperature, eos_id, generator, rows):
-    """`each` responses to every prompt, sampled `rows` at a time, with their rewards and KL.
-
-    prompts: P id lists.  reward: (ids, mask) -> (N,).  -> {ids, mask, reward, kl, k1: (P, each, ...)}, on CPU
-    """
-    def columns(ids, mask):
-        kl, k1 = sequence_kl(policy, ref, ids, mask, temperature)               # (n,), (n,)
-        return {"reward": reward(ids, mask), "kl": kl, "k1": k1}
-
-    repeated = [prompt for prompt in prompts for _ in range(each)]
-    measured = respond(policy, repeated, max_new_tokens, temperature, eos_id, generator, rows, columns)
-    measured["ids"] = measured["ids"].int()                                     # half the space on disk
-    return {name: column.unflatten(0, (len(prompts), each)) for name, column in measured.items()}
+    return tuple(zeros.masked_scatter(mask, torch.cat(each)).sum(1) for each in (kl, k1))
 
 
 def summary(measured, eos_id):
-    """What `measure` returns -> a row of eval.csv.  Standard errors are clustered by prompt."""
+    """A policy's measured responses -> a row of eval.csv.  Standard errors are clustered by prompt.
+
+    measured: {ids, mask: (P, S, T); reward, kl, k1: (P, S)}
+    """
     ids, mask = measured["ids"], measured["mask"]                               # (P, S, T)
     reward, reward_se = mean_se(measured["reward"])
     kl, kl_se = mean_se(measured["kl"])
@@ -70,7 +55,7 @@ def summary(measured, eos_id):
             "accuracy": mean_se(measured["reward"].sigmoid())[0],               # paper D.3
             "kl": kl, "kl_se": kl_se, "kl_k1": mean_se(measured["k1"])[0],
             "within_prompt_sd": within_prompt_sd(measured["reward"]),
-            "length": mean_se(mask.sum(2))[0], "ended": mean_se(ended)[0], "distinct2": distinct2(ids, mask)}
+            "length": mean_se(mask.sum(2))[0], "ended": mean_se(ended)[0]}
 
 
 def mean_se(x):
@@ -84,21 +69,12 @@ def within_prompt_sd(reward):
     return float(reward.var(1, correction=1).mean().sqrt())
 
 
-def distinct2(ids, mask):
-    """The share of different ones among all pairs of neighbouring response tokens.  (P, S, T) x 2 -> float"""
-    both = mask[..., :-1] & mask[..., 1:]                                       # (P, S, T-1)
-    first = ids[..., :-1][both].long()                                          # (P, S, T-1) -> (n,)
-    second = ids[..., 1:][both].long()                                          # (P, S, T-1) -> (n,)
-    pair = first * (int(ids.max()) + 1) + second                                # (n,) one number a pair
-    return len(pair.unique()) / max(1, len(pair))
+# ---- the limit --------------------------------------------------------------------------------------------
 
-
-# ---- the limit ---------------------------------------------------------------------------------------------
-
-def limit_at(reward, beta, judged=None):
+def optimum(reward, beta, judged=None):
     """pi*_beta from rewards of pi_sft's responses.  (P, M) -> reward, KL, effective samples, log Z: (P,)
 
-    judged: the rewards to report, where others than those that shape pi*_beta; (P, M) of the same responses.
+    judged: (P, M), the judge's rewards of the same responses, where `reward` is a reward model's.
     """
     r = np.asarray(reward, dtype=np.float64)
     log_w = r / beta                                                            # (P, M)
@@ -107,7 +83,7 @@ def limit_at(reward, beta, judged=None):
     best = (w * r).sum(1)                                                       # (P,)
     kl = best / beta - log_z                                                    # (P,)
     if judged is not None:
-        best = (w * np.asarray(judged, dtype=np.float64)).sum(1)                # (P,)
+        best = (w * np.asarray(judged)).sum(1)                                  # (P,)
     return best, kl, 1 / (w ** 2).sum(1), log_z
 
 
@@ -116,124 +92,58 @@ def supported(ess):
     return bool((ess >= 50).mean() >= 0.9)
 
 
-def limit_curve(reward, betas=None, judged=None):
-    """The limit over beta.  (P, M) -> {beta, reward, kl, supported (only there it is drawn): (n,), start}
+def limit_curve(reward, judged=None, betas=BETAS):
+    """The limit over beta, as far as the samples support it.  (P, M) -> {beta, reward, kl, log_z: (n,)}
 
-    start: pi_sft's reward on the same prompts, where the curve begins at KL 0.  judged: as in `limit_at`: on
-    a reward model's rewards, judged by the oracle's, it is the limit of what sees the reward model alone.
+    judged: see `optimum`; then it is the limit of what sees only the reward model.
     """
-    betas = np.geomspace(100, 0.02, 200) if betas is None else np.array(betas)
-    curve = {"beta": betas, "reward": [], "kl": [], "supported": []}
+    curve = {"beta": [], "reward": [], "kl": [], "log_z": []}
     for beta in betas:
-        best, kl, ess, _ = limit_at(reward, beta, judged)                       # (P,) each
-        curve["reward"].append(best.mean())
-        curve["kl"].append(kl.mean())
-        curve["supported"].append(supported(ess))
-    start = np.mean(reward if judged is None else judged)
-    return {name: np.array(column) for name, column in curve.items()} | {"start": float(start)}
+        best, kl, ess, log_z = optimum(reward, beta, judged)                    # (P,) each
+        if supported(ess):
+            curve["beta"].append(beta)
+            for name, value in (("reward", best), ("kl", kl), ("log_z", log_z)):
+                curve[name].append(value.mean())
+    return {name: np.array(column) for name, column in curve.items()}
 
 
-def share_of_objective(beta, reward, kl, start, limit_reward, model_reward=None):
-    """The gain in J = E r - beta KL over pi_sft's as a share of pi*_beta's.  -> share, se
+def gap_to_limit(curve, reward, kl):
+    """How far a policy's (KL, reward) lies below the limit: min over beta of beta log Z - (r - beta KL)."""
+    return float((curve["beta"] * (curve["log_z"] + kl)).min() - reward)
 
-    None x 2 where the limit is not supported, or the standard error is more than a quarter of its gain.
-    reward, kl: (P, S) of the policy's responses, start: (P, S) pi_sft's rewards on the same prompts.
-    limit_reward: (P', M) of pi_sft's responses; model_reward: a reward model's of the same, for the share of
-    what a policy can gain that sees it alone.  se: over prompts, of the numerator.
+
+def kl_needed(curve, reward):
+    """The KL at which the limit has this reward: max over beta of r / beta - log Z.  nan if unsupported"""
+    return float(max(reward / curve["beta"] - curve["log_z"], default=math.nan))
+
+
+def share_of_objective(beta, reward, kl, start, limit_reward, judged=None):
+    """The gain in J = E r - beta KL over pi_sft's as a share of pi*_beta's.  -> share, se; nan if unsupported
+
+    reward, kl: (P, S) of the policy's responses, start: (P, S) pi_sft's rewards on the same prompts;
+    limit_reward: (P', M) of pi_sft's responses; judged: see `optimum`, then pi*_beta is the reward model's.
+    se: over prompts, of the numerator.
     """
-    if model_reward is None:
-        best, best_kl, ess, _ = limit_at(limit_reward, beta)
-    else:
-        best, best_kl, ess, _ = limit_at(model_reward, beta, limit_reward)
-    if not supported(ess):
-        return None, None
-    best_gain = (best - beta * best_kl - np.mean(limit_reward, axis=1)).mean()
-    if best_gain <= 0:
-        return None, None
+    best, best_kl, ess, _ = optimum(limit_reward, beta, judged)                 # (P',) each
+    best_gain = float((best - beta * best_kl).mean() - np.mean(limit_reward if judged is None else judged))
     gain, se = mean_se(reward - beta * kl - start)
-    if se > best_gain / 4:                                                      # the gain is near 0
-        return None, None
+    if not supported(ess) or best_gain < 0.01:            # less is noise: an oracle that tells nothing
+        return math.nan, math.nan
     return gain / best_gain, se / best_gain
 
 
-def kl_needed(gain, curve):
-    """The KL at which the limit gains this reward over pi_sft's; None where it is not supported."""
-    on = curve["supported"]
-    if not on.any() or not 0 < gain < curve["reward"][on].max() - curve["start"]:
-        return None
-    return float(np.interp(gain, curve["reward"][on] - curve["start"], curve["kl"][on]))
-
-
-def beta_at(reward, kl):
-    """The beta whose pi*_beta has this average KL on these responses, by bisection, or None beyond them."""
-    def kl_of(beta):
-        return limit_at(reward, beta)[1].mean()
-
-    low, high = 1e-3, 1e3
-    if not kl_of(high) < kl < kl_of(low):
-        return None
-    for _ in range(60):
-        middle = math.sqrt(low * high)
-        if kl_of(middle) > kl:
-            low = middle
-        else:
-            high = middle
-    return math.sqrt(low * high)
-
-
-def gap_to_limit(limit_reward, reward, kl):
-    """beta E_x KL(pi || pi*_beta) at the beta of the policy's own KL: the vertical distance to the limit.
-
-    limit_reward (P, M): of pi_sft's responses; reward, kl (P,): the policy's means on the same prompts.
-    -> {gap, se, bias (by which the sampled limit makes the gap too small), beta, supported}; None beyond it.
-    """
-    beta = beta_at(limit_reward, float(np.mean(kl)))
-    if beta is None:
-        return None
-    _, _, ess, log_z = limit_at(limit_reward, beta)
-    gap = beta * log_z - (np.asarray(reward) - beta * np.asarray(kl))           # (P,)
-    return {"gap": gap.mean(), "se": gap.std(ddof=1) / math.sqrt(len(gap)), "bias": (beta / (2 * ess)).mean(),
-            "beta": beta, "supported": supported(ess)}
-
-
-def share_of_limit(kl, rows, curve):
-    """(r(pi) - r(pi_sft)) / (r*(KL) - r(pi_sft)), each gain on its own prompts, of the checkpoint near a KL.
-
-    Near: within a fifth of it.  Between checkpoints far apart the way is not known.  rows: eval.csv's.  None
-    without one, beyond the curve, and where the reward's standard error is more than a quarter of the gain.
-    """
-    near = min(rows, key=lambda row: abs(row["kl"] - kl))
-    reach = curve["kl"][curve["supported"]].max(initial=-math.inf)
-    if abs(near["kl"] - kl) > kl / 5 or near["kl"] > reach:
-        return None
-    best_gain = np.interp(near["kl"], curve["kl"], curve["reward"]) - curve["start"]
-    if not near["reward_se"] < best_gain / 4:
-        return None
-    return (near["reward"] - rows[0]["reward"]) / best_gain
-
-
-# ---- other measures ----------------------------------------------------------------------------------------
+# ---- other measures ---------------------------------------------------------------------------------------
 
 def best_of_n(reward, n):
-    """The best of n responses.  (P, M) -> the upper bound of its KL, E[max] by order statistics."""
-    r = np.sort(np.asarray(reward, dtype=np.float64), axis=1)
-    M = r.shape[1]                                  # P(the i-th smallest is the best) = C(i-1, n-1) / C(M, n)
-    log_choose = [math.lgamma(i) - math.lgamma(i - n + 1) if i >= n else -math.inf for i in range(1, M + 1)]
-    weight = np.exp(np.array(log_choose) + math.log(n) - math.lgamma(M + 1) + math.lgamma(M - n + 1))   # (M,)
-    return math.log(n) - (n - 1) / n, float((r @ weight).mean())
+    """The best of n responses, over M // n choices of n.  (P, M) -> the upper bound of its KL, its reward"""
+    best = reward[:, :reward.shape[1] // n * n].reshape(len(reward), -1, n).max(-1)         # (P, M // n)
+    return math.log(n) - (n - 1) / n, float(best.mean())
 
 
-def win_rate(ours, theirs, length=None, their_length=None):
-    """The share of pairs of a prompt's responses that ours win, ties one half.  (P, S), (P, S') -> float
-
-    length, their_length: of the same shapes, tokens: only pairs within 10% count; None where there are none.
-    """
+def win_rate(ours, theirs):
+    """The share of pairs of a prompt's responses that ours win, ties one half.  (P, S), (P, S') -> float"""
     ours, theirs = ours[:, :, None], theirs[:, None, :]                         # (P, S, 1), (P, 1, S')
-    wins = (ours > theirs).float() + 0.5 * (ours == theirs).float()             # (P, S, S'), paper App. C
-    if length is not None:
-        length, their_length = length[:, :, None], their_length[:, None, :]     # (P, S, 1), (P, 1, S')
-        wins = wins[(length - their_length).abs() <= 0.1 * their_length]        # (P, S, S') -> (n,)
-    return float(wins.mean()) if len(wins) else None
+    return float(((ours > theirs).float() + 0.5 * (ours == theirs).float()).mean())         # paper App. C
 
 
 def density_ratio(s, weight, grid):
@@ -242,17 +152,7 @@ def density_ratio(s, weight, grid):
     s, weight: (M,) of responses of pi_sft, the weights sum to 1 -> (len(grid),), nan where fewer than 5
     responses are near.  Gaussian, one bandwidth (Silverman's) for numerator and denominator.
     """
-    upper, lower = np.percentile(s, [75, 25])
-    width = 0.9 * min(s.std(), (upper - lower) / 1.34) * len(s) ** -0.2
+    width = 1.06 * s.std() * len(s) ** -0.2
     kernel = np.exp(-0.5 * ((grid[:, None] - s) / width) ** 2)                  # (G, M)
     near = kernel.sum(1)                                                        # (G,)
     return np.where(near >= 5, len(s) * (kernel @ weight) / np.maximum(near, 1e-300), np.nan)
-
-
-def read_csv(path):
-    """A list of {column: float}; an empty cell is nan.  UserError where the last line is cut short."""
-    text = Path(path).read_text()
-    if not text.endswith("\n"):
-        raise UserError(f"{path} is cut short: remove its folder, and it is made again")
-    rows = csv.DictReader(text.splitlines())
-    return [{name: float(cell or "nan") for name, cell in row.items()} for row in rows]

@@ -5,22 +5,18 @@ weights load by equal names and transformers opens a saved folder as the same mo
 prompt, one contiguous response, then padding.  Padding is on the right, so causal attention never sees it and
 positions are 0..T-1.  N rows, T tokens, C channels, H heads, D = C / H, V vocabulary.
 """
-import contextlib
 import math
 from collections import OrderedDict
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from checkpoint import read_json, read_tensors, write_json, write_tensors
-from compute import UserError, gather, move, own_rows, world
+from loop import WORLD, UserError, fetch, gather, my_chunk, read_json, read_tensors, write_json, write_tensors
 
 CHUNK, CUDA_CHUNK = 2 ** 23, 2 ** 27                # logits alive at once: 32 MiB, 512 MiB on a GPU
-CPU_ROWS = 64                                       # scored at once: whole batches do not fit a CPU's caches
 
 
 @dataclass
@@ -30,15 +26,6 @@ class GPTConfig:
     n_embd: int
     vocab_size: int
     block_size: int
-
-
-def attention_kernels(x):
-    """How whole rows attend: as PyTorch chooses, but on a CPU below --matmul highest by plain products.
-
-    Under medium the fused attention's backward is 3 to 20 times slower there: a whole step gains 1.5 times.
-    """
-    plain = x.device.type == "cpu" and torch.get_float32_matmul_precision() != "highest"
-    return sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext()
 
 
 class Attention(nn.Module):
@@ -54,8 +41,7 @@ class Attention(nn.Module):
         qkv = self.c_attn(x).view(N, T, 3, self.n_head, -1)                 # (N, T, 3C) -> (N, T, 3, H, D)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                # 3 x (N, H, T, D)
         if cache is None:
-            with attention_kernels(x):
-                y = F.scaled_dot_product_attention(q, k, v, is_causal=True)             # (N, H, T, D)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)     # (N, H, T, D)
         else:
             y = cache.attend(layer, q, k, v)                                # (N, H, T, D)
         return self.c_proj(y.transpose(1, 2).reshape(N, T, C))              # (N, H, T, D) -> (N, T, C)
@@ -101,8 +87,8 @@ class GPT(nn.Module):
             position = cache.step()                                         # (N, 1)
         with self.precision():
             x = self.wte(ids) + self.wpe(position)                          # (N, T, C)
-            for layer, block in enumerate(self.h):  # the caller may have compiled block(x), for whole rows
-                x = block(x) if cache is None else block.forward(x, cache, layer)
+            for layer, block in enumerate(self.h):
+                x = block(x, cache, layer)
             return self.ln_f(x)
 
     def head(self, hidden):
@@ -119,22 +105,46 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source):
-        """A released GPT-2 by name (downloaded once), or a Hugging Face folder.  UserError if it is none."""
-        if source in RELEASED:
-            from data import cache_folder, fetch  # here, as only a download needs what stands below this file
-
-            *_, size, sha256 = RELEASED[source]
-            config = config_of(source)
-            path = cache_folder() / source / "pytorch_model.bin"
-            url = f"https://huggingface.co/openai-community/{source}/resolve/main/pytorch_model.bin"
-            fetch(url, path, size, sha256, "name a folder by --init, or use --preset tiny or imdb-small")
-        else:
-            config, path = open_folder(source)
-        return load_weights(cls(config), path)
+        """A released GPT-2 by name (downloaded once), or a Hugging Face folder of one."""
+        folder = pretrained_folder(source)
+        config = read_json(folder / "config.json")
+        if config["model_type"] != "gpt2":
+            raise UserError(f"{source} is of type {config['model_type']}, not gpt2")
+        gpt = cls(GPTConfig(*[config[name] for name in SIZES]))
+        weights = {}
+        for name, tensor in read_tensors(folder / "model.safetensors").items():
+            if name.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight")):
+                continue                                        # causal masks, and the tied head
+            weights[name.removeprefix("transformer.")] = tensor.T if name.endswith(TRANSPOSED) else tensor
+        gpt.load_state_dict(weights)
+        return gpt
 
     def save_pretrained(self, folder, eos_id=None):
-        """Writes what transformers opens as GPT2LMHeadModel.  -> the sha256 of model.safetensors"""
-        return save_model(folder, "GPT2LMHeadModel", self, self.config, eos_id)
+        """Writes what transformers opens as GPT2LMHeadModel."""
+        weights = {name: w.T if name.endswith(TRANSPOSED) else w for name, w in self.state_dict().items()}
+        write_tensors(Path(folder) / "model.safetensors", weights)
+        ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), eos_id)
+        no_dropout = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)
+        sizes = dict(zip(SIZES, vars(self.config).values()))
+        kind = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "activation_function": "gelu_new"}
+        write_json(Path(folder) / "config.json", kind | sizes | ends | no_dropout)
+
+
+def pretrained_folder(source):
+    """Where the weights of `GPT.from_pretrained(source)` are: released ones are downloaded.  -> Path"""
+    folder = Path(source)
+    if str(source) in RELEASED:
+        for name in ("config.json", "model.safetensors"):
+            url = f"https://huggingface.co/openai-community/{source}/resolve/main/{name}"
+            folder = fetch(url, f"{source}/{name}").parent
+    if not (folder / "config.json").exists():
+        raise UserError(f"{source} is neither one of {', '.join(RELEASED)} nor a folder with config.json")
+    return folder
+
+
+RELEASED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+SIZES = ("n_layer", "n_head", "n_embd", "vocab_size", "n_positions")        # GPTConfig's, in config.json
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")   # on disk
 
 
 class ScalarGPT(nn.Module):
@@ -161,37 +171,20 @@ class ScalarGPT(nn.Module):
         hidden = self.transformer.hidden(ids[:, :int(end.max()) + 1])       # (N, t, C)
         return self.score(hidden[row, end].float()).squeeze(-1)             # (N, t, C) -> (N, C) -> (N,)
 
-    @classmethod
-    def from_pretrained(cls, folder, eos_id):
-        config, path = open_folder(folder)
-        return load_weights(cls(GPT(config), eos_id), path)
-
-    def save_pretrained(self, folder):
-        """As GPT.save_pretrained, but as GPT2ForSequenceClassification with one label."""
-        return save_model(folder, "GPT2ForSequenceClassification", self, self.transformer.config, self.eos_id)
-
 
 # ---- log-probs -------------------------------------------------------------------------------------------
-
-def rows_at_once(model):
-    """How many rows' logits, V each, are alive at once."""
-    return max(1, (CUDA_CHUNK if model.wte.weight.is_cuda else CHUNK) // model.config.vocab_size)
-
 
 def token_logprob(model, ids, mask, temperature=1.0):
     """log pi(ids[:, t] | ids[:, :t]) on the mask, 0 off it.  (N, T), (N, T) -> (N, T) float32
 
     pi = softmax(logits / temperature).  The head sees response tokens only, a chunk of rows at a time.
-    ids and mask may lie on the CPU: then nothing here waits for the device.
     """
     if mask.dtype != torch.bool or mask[:, 0].any():
         raise ValueError("mask must be boolean, and False on the first token: nothing comes before it")
-    device = model.wte.weight.device
-    row, before = mask[:, 1:].nonzero(as_tuple=True)                        # (M,), (M,) of the token before
-    ids, mask, target, row, before = move(device, ids, mask, ids[mask], row, before)        # target: (M,)
-    hidden = model.hidden(ids[:, :-1])[row, before].float()                 # (N, T-1, C) -> (M, C)
-    logp = HeadLogprob.apply(hidden / temperature, model.wte.weight, target, rows_at_once(model))     # (M,)
-    return torch.zeros(mask.shape, device=device).masked_scatter(mask, logp)                # (M,) -> (N, T)
+    hidden = model.hidden(ids[:, :-1])[mask[:, 1:]].float()                 # (N, T-1, C) -> (M, C)
+    rows = max(1, (CUDA_CHUNK if ids.is_cuda else CHUNK) // model.config.vocab_size)
+    logp = HeadLogprob.apply(hidden / temperature, model.wte.weight, ids[mask], rows)       # (M,)
+    return torch.zeros(mask.shape, device=ids.device).masked_scatter(mask, logp)            # (M,) -> (N, T)
 
 
 class HeadLogprob(torch.autograd.Function):
@@ -289,7 +282,8 @@ def generate(model, prompt_ids, max_new_tokens, temperature=1.0, eos_id=None, ge
 
     prompt_ids: (N, T0) tensor, or a list of N id lists of any lengths.  A response starts right after its own
     prompt and ends with eos_id, which its mask includes, or at max_new_tokens; then comes eos_id (0 if None).
-    uniform: (N, max_new_tokens), by default drawn on the CPU; one number a token, whatever other rows do.
+    Each token takes one uniform number, whatever other rows do: of uniform, (N, max_new_tokens), or of the
+    generator (CPU).
     """
     device = model.wte.weight.device
     prompts = [torch.as_tensor(prompt, dtype=torch.long) for prompt in prompt_ids]
@@ -305,15 +299,13 @@ def generate(model, prompt_ids, max_new_tokens, temperature=1.0, eos_id=None, ge
     if uniform is None:
         uniform = torch.rand(len(prompts), max_new_tokens, generator=generator)
     uniform = uniform.to(device)
-    rows = rows_at_once(model)
     row = torch.arange(len(prompts), device=device)                         # (n,) the rows still going
     ended = torch.zeros_like(row, dtype=torch.bool)                         # (n,) those that ended meanwhile
     with model.precision():                         # around all: weights are cast once
         cache = Cache(lengths, T, device)
         hidden = model.hidden(prompt, cache)[row, cache.length - 1]         # (N, T0, C) -> (N, C)
         for t in range(max_new_tokens):
-            chunks = zip(hidden.split(rows), uniform[row, t].split(rows))
-            token = torch.cat([sample(model.head(h) / temperature, u) for h, u in chunks])  # (n,)
+            token = sample(model.head(hidden) / temperature, uniform[row, t])               # (n,)
             ids[row, cache.length] = token.where(~ended, pad)
             mask[row, cache.length] = ~ended
             if eos_id is not None:
@@ -339,102 +331,27 @@ def sample(logits, uniform):
 
 
 @torch.no_grad()
-def respond(policy, prompts, max_new_tokens, temperature, eos_id, generator, rows, measure, T=None,
-            uniform=None):
-    """Samples a response to each prompt, `rows` at a time, and measures it; each process does its share.
+def respond(policy, prompts, new_tokens, T, temperature, eos_id, generator, rows, measure, pieces=64):
+    """A response to each prompt, `rows` sampled and `pieces` measured at a time.  prompts: N id lists.
 
-    prompts: (N, T0) ids, or N id lists.  measure: (ids, mask) of some rows -> {name: (n,) or (n, t)}.
-    -> {ids, mask: (N, T), name: (N,) or (N, T)} on the CPU, in the prompts' order; T: if given, the width.
-    uniform: (N, max_new_tokens), by default from the generator, which must be alike in every process.
+    measure: (ids, mask) of some rows -> {name: (n,) or (n, t)}.
+    -> {ids, mask: (N, T), name: (N,) or (N, T)} on the CPU, the same for any number of rows and processes
     """
-    T = T or max(map(len, prompts)) + max_new_tokens
-    if uniform is None:
-        uniform = torch.rand(len(prompts), max_new_tokens, generator=generator)
-    parts = []
-    for first in range(0, len(prompts), rows):
+    rows = min(rows, math.ceil(len(prompts) / WORLD))
+    parts = {}
+    for number, first in enumerate(range(0, len(prompts), rows)):
         chunk = prompts[first:first + rows]
-        numbers = uniform[first:first + rows]                                            # (n, t)
-        split = len(chunk) >= world()               # else each process does all of it
-        if split:
-            chunk, numbers = own_rows(chunk), own_rows(numbers)
-        ids, mask = generate(policy, chunk, max_new_tokens, temperature, eos_id, uniform=numbers)
-        n = len(ids) if ids.is_cuda else CPU_ROWS
-        pieces = [measure(*piece) for piece in zip(ids.split(n), mask.split(n))]
-        part = {"ids": ids, "mask": mask}
-        part |= {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
-        for name, column in part.items():
-            if column.shape == mask.shape:          # a number a token, not a row
-                pad = (eos_id or 0) if name == "ids" else 0
-                column = F.pad(column, (0, T - ids.shape[1]), value=pad)    # (n, t) -> (n, T)
-            part[name] = column.cpu()
-        parts.append(gather(part) if split else part)
+        uniform = torch.rand(len(chunk), new_tokens, generator=generator)   # in every process
+        if my_chunk(number):
+            ids, mask = generate(policy, chunk, new_tokens, temperature, eos_id, uniform=uniform)
+            measured = [measure(*piece) for piece in zip(ids.split(pieces), mask.split(pieces))]
+            part = {name: torch.cat([piece[name] for piece in measured]) for name in measured[0]}
+            part |= {"ids": ids.int(), "mask": mask}
+            for name, column in part.items():
+                if column.dim() == 2:                                       # (n, t) -> (n, T)
+                    room = (0, T - column.shape[1])
+                    column = F.pad(column, room, value=eos_id if name == "ids" else 0)
+                part[name] = column.cpu()
+            parts[number] = part
+    parts = [part for _, part in sorted(gather(parts).items())]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-
-# ---- weights in Hugging Face's layout --------------------------------------------------------------------
-
-RELEASED = {    # name: layers, heads, channels; bytes of pytorch_model.bin, its sha256 where it is known
-    "gpt2": (12, 12, 768, 548_118_077, "7c5d3f4b8b76583b422fcb9189ad6c89d5d97a094541ce8932dce3ecabde1421"),
-    "gpt2-medium": (24, 16, 1024, 1_520_013_706, None),
-    "gpt2-large": (36, 20, 1280, 3_247_202_234, None),
-    "gpt2-xl": (48, 25, 1600, 6_431_878_936, None)}
-SIZES = ("n_layer", "n_head", "n_embd", "vocab_size", "n_positions")        # GPTConfig's, in config.json
-ARCHITECTURE = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
-                "n_inner": None, "tie_word_embeddings": True, "scale_attn_by_inverse_layer_idx": False}
-TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")   # on disk
-
-
-def config_of(source):
-    """The sizes of a released GPT-2, by name, or of a Hugging Face folder.  -> GPTConfig"""
-    if source in RELEASED:
-        return GPTConfig(*RELEASED[source][:3], vocab_size=50257, block_size=1024)
-    return open_folder(source)[0]
-
-
-def open_folder(folder):
-    """-> GPTConfig, path of the weights in a Hugging Face folder; UserError if it is no GPT-2"""
-    path = Path(folder) / "model.safetensors"
-    if not path.exists():
-        path = path.with_name("pytorch_model.bin")
-    if not path.exists() or not path.with_name("config.json").exists():
-        raise UserError(f"{folder} is neither one of {', '.join(RELEASED)} nor a folder with config.json and "
-                        "model.safetensors or pytorch_model.bin")
-    config = read_json(path.with_name("config.json"))
-    wrong = {name: config[name] for name, ours in ARCHITECTURE.items() if config.get(name, ours) != ours}
-    if wrong:
-        raise UserError(f"{folder}: config.json is not of GPT-2's architecture: {wrong}")
-    return GPTConfig(*[config[name] for name in SIZES]), path
-
-
-def load_weights(model, path):
-    """Fills a GPT or ScalarGPT from model.safetensors or pytorch_model.bin; UserError if it does not fit."""
-    if path.suffix == ".safetensors":
-        stored = read_tensors(path)[0]
-    else:
-        try:
-            stored = dict(torch.load(path, map_location="cpu", weights_only=True))  # no code in it runs
-        except Exception as error:
-            raise UserError(f"{path} is corrupt, or holds more than tensors by name") from error
-    weights = {}
-    for name, tensor in stored.items():
-        if isinstance(model, GPT):
-            name = name.removeprefix("transformer.")
-        if not name.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight")):    # masks, the tied head
-            weights[name] = tensor.T if name.endswith(TRANSPOSED) else tensor
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{path} does not fit its config.json: {reason}") from error
-    return model
-
-
-def save_model(folder, architecture, model, config, eos_id):
-    """Writes config.json for transformers' class `architecture`, and model.safetensors.  -> its sha256"""
-    state = model.state_dict()
-    weights = {name: tensor.T if name.endswith(TRANSPOSED) else tensor for name, tensor in state.items()}
-    sizes = dict(zip(SIZES, asdict(config).values()))
-    other = {"architectures": [architecture], "num_labels": 1, "attn_pdrop": 0.0, "embd_pdrop": 0.0,
-             "resid_pdrop": 0.0, "bos_token_id": eos_id, "eos_token_id": eos_id, "pad_token_id": eos_id}
-    write_json(Path(folder) / "config.json", sizes | ARCHITECTURE | other)
-    return write_tensors(Path(folder) / "model.safetensors", weights)

@@ -48,7 +48,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from compute import Sums, micro_batches, update
+from loop import Sums, my_rows, update
 from model import respond, token_logprob, trim
 
 # ---- the formulas -------------------------------------------------------------------------------------
@@ -136,44 +136,42 @@ def explained_variance(values, returns, mask):
 
 # ---- one iteration ------------------------------------------------------------------------------------
 
-def rollout(policy, ref, critic, reward, prompts, max_new_tokens, temperature=1.0, eos_id=None,
-            generator=None, samples=1, rows=1024):
-    """Samples `samples` responses a prompt, `rows` at once, with all about them that the updates leave fixed.
+@torch.no_grad()
+def rollout(policy, ref, critic, reward, prompts, new_tokens, T, temperature, eos_id, generator, rows):
+    """A response to each prompt, with everything that the updates leave fixed.  prompts: N id lists
 
-    prompts: (n, T0) ids, or n id lists.  reward: (ids, mask) -> (N,).  N = n * samples, a prompt's together.
+    reward: (ids, mask) -> (N,).  rows: how many are sampled at once.
     -> {ids, mask, old_logp, ref_logp, old_values: (N, T), reward: (N,)}
     """
-    def scores(ids, mask):
-        return {"old_logp": token_logprob(policy, ids, mask, temperature),               # (N, T)  detail 9
-                "ref_logp": token_logprob(ref, ids, mask, temperature),                  # (N, T)
-                "old_values": token_values(critic, ids, mask),                           # (N, T)
-                "reward": reward(ids, mask)}                                             # (N,)
+    def measure(ids, mask):
+        return {"old_logp": token_logprob(policy, ids, mask, temperature),               # detail 9
+                "ref_logp": token_logprob(ref, ids, mask, temperature),
+                "old_values": token_values(critic, ids, mask), "reward": reward(ids, mask)}
 
-    prompts = [prompt for prompt in prompts for _ in range(samples)]
-    batch = respond(policy, prompts, max_new_tokens, temperature, eos_id, generator, rows, scores)
-    T = trim(batch["ids"], batch["mask"])[0].shape[1]
-    device = policy.wte.weight.device
+    batch = respond(policy, prompts, new_tokens, T, temperature, eos_id, generator, rows, measure)
+    batch["ids"] = batch["ids"].long()
+    longest = trim(batch["ids"], batch["mask"])[0].shape[1]
     for name, column in batch.items():
-        batch[name] = (column if name == "reward" else column[:, :T]).to(device)
+        batch[name] = (column[:, :longest] if column.dim() == 2 else column).to(critic.score.weight.device)
     return batch
 
 
 def iteration(policy, ref, critic, policy_optimizer, critic_optimizer, reward, prompts, *, policy_lr,
-              critic_lr, beta, max_new_tokens, temperature=1.0, eos_id=None, generator=None, samples=1,
-              epochs=4, minibatches=2, clip=0.2, value_clip=0.2, gamma=1.0, lam=0.95, critic_only=False,
-              micro_batch_size=0, sample_batch=1024, where="ppo"):
+              critic_lr, beta, new_tokens, T, temperature, eos_id, generator, epochs=4, minibatches=2,
+              clip=0.2, value_clip=0.2, gamma=1.0, lam=0.95, critic_only=False, micro_batch=0,
+              sample_batch=1024):
     """One PPO iteration: sample, score, estimate advantages, then epochs x minibatches steps of each model.
 
-    policy, ref: GPT; critic: ScalarGPT; prompts, reward, samples as in `rollout`; optimizers: AdamW.
+    policy, ref: GPT; critic: ScalarGPT; prompts, reward as in `rollout`; optimizers: AdamW.
     policy_lr, critic_lr: this iteration's; the schedule is the caller's.  critic_only: see detail 3.
     value_clip: in standard deviations of the returns (detail 5), math.inf for none.
-    micro_batch_size: rows at a time in an update, 0 for all; sample_batch: in sampling: memory, not results.
+    micro_batch: rows at a time in an update, 0 for all; sample_batch: in sampling: memory, not results.
     generator (CPU): the only source of randomness, first for the responses, then for the minibatches.
     -> {name: float}: reward, kl (log-ratio to pi_sft in nats a response), objective (J) and length of the
     responses, explained_variance of the critic, all before the updates; the others are means over updates.
     """
-    batch = rollout(policy, ref, critic, reward, prompts, max_new_tokens, temperature, eos_id, generator,
-                    samples, sample_batch)
+    batch = rollout(policy, ref, critic, reward, prompts, new_tokens, T, temperature, eos_id, generator,
+                    sample_batch)
     ids, mask, old_logp, old_values = (batch[name] for name in ("ids", "mask", "old_logp", "old_values"))
     rewards = token_rewards(old_logp, batch["ref_logp"], batch["reward"], mask, beta)    # (N, T)
     advantages, returns = gae(rewards, old_values, mask, gamma, lam)                     # (N, T), (N, T)
@@ -184,22 +182,22 @@ def iteration(policy, ref, critic, policy_optimizer, critic_optimizer, reward, p
     for _ in range(epochs):
         for rows in torch.randperm(len(ids), generator=generator).chunk(minibatches):
             sums = Sums()
-            for part in micro_batches(rows, micro_batch_size):
+            for part in my_rows(rows).split(micro_batch or len(rows)):
                 values = token_values(critic, ids[part], mask[part])                     # (m, T)
                 stats, tokens = value_loss(values, old_values[part], returns[part], mask[part], radius)
                 stats["loss"].backward()
                 sums.add(tokens, **stats)
-            value = update(critic_optimizer, critic_lr, sums, rows, f"{where}, critic")
+            value = update([critic_optimizer], critic_lr, sums, "ppo, critic")
             if critic_only:
                 means = dict.fromkeys(("loss", "approx_kl", "clip_fraction", "grad_norm"), math.nan)
             else:
                 sums = Sums()
-                for part in micro_batches(rows, micro_batch_size):
+                for part in my_rows(rows).split(micro_batch or len(rows)):
                     logp = token_logprob(policy, ids[part], mask[part], temperature)     # (m, T)
                     stats, tokens = policy_loss(logp, old_logp[part], whitened[part], mask[part], clip)
                     stats["loss"].backward()
                     sums.add(tokens, **stats)
-                means = update(policy_optimizer, policy_lr, sums, rows, f"{where}, policy")
+                means = update([policy_optimizer], policy_lr, sums, "ppo, policy")
             updates.append(means | {"value_loss": value["loss"], "value_grad_norm": value["grad_norm"]})
 
     log_ratio = (old_logp - batch["ref_logp"]).sum(1)                                    # (N, T) -> (N,)

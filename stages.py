@@ -1,566 +1,451 @@
-"""The stages before alignment: SFT, the oracle, scored responses, the reward model, the limit's samples.
+"""A run, and its stages before alignment: SFT, oracle, scored responses, reward model, the limit's samples.
 
-    reviews -> pi_sft -> 8 responses a prompt, with log pi_sft and oracle reward -> pairs -> reward model
+    reviews -> pi_sft -> responses to each prompt, with log pi_sft and oracle reward -> pairs -> reward model
        '-----> oracle -----^
 
-A file of preferences (--data) brings its own responses, and has no oracle: the reward model is the judge.
-
-    chosen texts -> pi_sft -> log pi_sft of the file's responses -> pairs -> reward model
-
-Each leaves one artifact in its own folder of the run.  A stage whose artifact is there, made with the same
-settings from the same upstream artifacts, is read and not run again.
+A file of preferences (--data) brings its own responses and has no oracle: a reward model of its pairs judges.
+Each stage leaves a folder, and is read and not run again while the settings are the same.
 """
-import itertools
+import functools
 import math
+import runpy
+import sys
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 import data
-from checkpoint import (
-    Log,
-    Rows,
-    begin,
-    finish,
-    finished,
-    read_json,
-    read_tensors,
-    resumable,
-    write_json,
-    write_tensors,
-)
-from compute import Muon, Sums, UserError, adamw, batch_by_length, cosine, micro_batches, rng, update
-from evaluate import measure, within_prompt_sd
-from model import (
-    CPU_ROWS,
-    GPT,
-    GPTConfig,
-    ScalarGPT,
-    config_of,
-    respond,
-    sequence_logprob,
-    token_logprob,
-    trim,
-)
+from evaluate import sequence_kl, within_prompt_sd
+from loop import (
+    Log, Sums, UserError, adamw, batch_by_length, begin, cosine, file_sha256, finish, join_processes, muon,
+    my_rows, read_json, read_tensors, resumable, rng, update, write_json, write_tensors)
+from model import GPT, GPTConfig, ScalarGPT, pretrained_folder, respond, sequence_logprob, token_logprob, trim
+from settings import Config
 
-# ---- SFT and the oracle -------------------------------------------------------------------------------
+
+class Run:
+    """What every stage needs: settings, folder, device and precision, tokenizer, reviews, models."""
+
+    def __init__(self, cfg):
+        self.cfg, self.folder = cfg, Path(cfg.run)
+        device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = join_processes(torch.device(device))
+        self.bf16 = self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        torch.set_float32_matmul_precision("high")        # on CUDA: TF32 for the heads' float32 products
+        torch.backends.cuda.enable_cudnn_sdp(False)       # it plans for 20 to 40 ms at every new shape
+        kind, _, size = cfg.tokenizer.partition("-")
+        self.encoding = data.tiny_encoding() if kind == "tiny" else data.gpt2_encoding(int(size or 50_256))
+        self.eos_id = self.encoding.eot_token
+        if cfg.own:
+            self.preferences, longest = data.read_preferences(cfg.data, self.encoding, cfg.prompt_tokens)
+            cfg.prompt_tokens, cfg.new_tokens = longest[0], min(cfg.new_tokens, longest[1])
+            cfg.prompts = len(self.preferences["train"])
+            cfg.num_candidates = min(cfg.num_candidates, len(self.preferences["train"][0].responses))
+
+        self.T = cfg.prompt_tokens + cfg.new_tokens
+
+    def rng(self, *names):
+        return rng(self.cfg.pipeline, *names)
+
+    @functools.cached_property
+    def sources(self):
+        """{setting: sha256 of the file that it names}: the same path may hold other content tomorrow."""
+        cfg, found = self.cfg, {"imdb": ""}
+        if cfg.own:
+            found["data"] = file_sha256(cfg.data)
+        if cfg.data == "imdb":
+            found["imdb"] = data.imdb_archives(cfg.imdb)[1]
+        if cfg.init:
+            found["init"] = file_sha256(pretrained_folder(cfg.init) / "model.safetensors")
+        if cfg.judge:
+            found["judge"] = f"{cfg.judge} {file_sha256(cfg.judge.rpartition(':')[0])}"
+        return found
+
+    def begin(self, stage, folder=None):
+        """-> a stage's folder, whether it is finished"""
+        settings = self.cfg.of(stage) | {"bf16": self.bf16}
+        settings |= {name: content for name, content in self.sources.items() if name in settings}
+        folder = self.folder / (folder or stage)
+        return folder, begin(folder, settings)
+
+    @functools.cached_property
+    def reviews(self):
+        """Reviews longer than a prompt, shuffled, the labelled ones first.  {split: Reviews}
+
+        "evaluated": those on whose prompts policies are evaluated.
+        """
+        cfg = self.cfg
+        if cfg.own:
+            reviews = {split: data.best_responses(own) for split, own in self.preferences.items()}
+        else:
+            if cfg.data == "tiny":
+                both = data.load_tiny(cfg.sft_reviews, 4_000, self.encoding)
+            else:
+                both = data.load_imdb(*data.imdb_archives(cfg.imdb), self.encoding)
+            reviews = {split: each.shuffled(cfg.prompt_tokens, self.rng("reviews", split))
+                       for split, each in both.items()}
+        reviews["evaluated"] = reviews["test"]
+        if cfg.eval_split == "train":                     # the last ones: no method aligns on them
+            reviews["evaluated"] = reviews["train"].pick(range(len(reviews["train"]))[::-1])
+        return reviews
+
+    def prompts(self, split, n):
+        """The first ids of the first n reviews of a split.  -> n id lists"""
+        reviews = self.reviews[split]
+        return [list(ids[:length]) for ids, length in zip(reviews.ids[:n], reviews.prompt_length)]
+
+    def rows(self, reviews):
+        ids, mask = data.padded_rows(reviews.ids, reviews.prompt_length, self.T, self.eos_id)
+        return ids.to(self.device), mask.to(self.device)                                 # (N, t), (N, t)
+
+    def at_once(self, rows_each, n):
+        """How many of n examples, each of `rows_each` rows, make a micro-batch."""
+        return max(1, self.cfg.micro_batch // rows_each) if self.cfg.micro_batch else n
+
+    def gpt(self, folder):
+        gpt = GPT.from_pretrained(folder).to(self.device)
+        gpt.bf16 = self.bf16
+        return gpt
+
+    def scorer(self, folder):
+        scorer = ScalarGPT(self.gpt(self.folder / "sft"), self.eos_id).to(self.device)
+        scorer.load_state_dict(read_tensors(folder / "scorer.safetensors"))
+        return scorer
+
+
+def open_run(folder):
+    """The run in a folder that train.py has left, in the precision that it was trained in."""
+    path = Path(folder) / "config.json"
+    settings = read_json(path) if path.exists() else {}
+    if "preset" not in settings:
+        raise UserError(f"{folder} is not a run's folder: train.py makes one")
+    run = Run(Config(**settings | {"run": str(folder), "device": ""}))
+    run.bf16 = read_json(run.folder / "sft" / "stage.json")["settings"]["bf16"]
+    return run
+
+
+def alignments(run):
+    """{name without the seed: folders of the finished alignments}"""
+    groups = {}
+    for path in sorted(run.folder.glob("*-s*/stage.json")):
+        if read_json(path)["finished"]:
+            groups.setdefault(path.parent.name.rpartition("-s")[0], []).append(path.parent)
+    return groups
+
+
+def stage(make):
+    """Decorator: make(run, folder) leaves an artifact in its folder, once.  -> the function run -> folder"""
+    @functools.wraps(make)
+    def made(run):
+        folder, finished = run.begin(make.__name__)
+        if not finished:
+            make(run, folder)
+            finish(folder)
+        return folder
+    return made
+
+
+# ---- SFT, the oracle, the reward model: three losses in one loop --------------------------------------
+
+def trained(run, folder, model, optimizers, loss_of, lr, steps, batch_of, rows_each=1):
+    """Trains a model for a stage.
+
+    loss_of: indices of some examples -> {loss: its sum, what is logged}, the count that the mean is over.
+    batch_of: step -> (b,) indices of examples, each of `rows_each` rows.
+    """
+    log = Log(folder / "metrics.csv")
+    state = {"model": model, "log": log} | {f"optimizer{i}": each for i, each in enumerate(optimizers)}
+    for step in resumable(folder, state, steps, folder.name):
+        index = batch_of(step)
+        sums = Sums()
+        for part in my_rows(index).split(run.at_once(rows_each, len(index))):
+            stats, count = loss_of(part)
+            stats["loss"].backward()
+            sums.add(count, **stats)
+        means = update(optimizers, lr * cosine(step, steps), sums, f"{folder.name}, step {step + 1}")
+        log.write(step=step + 1, **means)
+
 
 def lengths(run, reviews):
     """(n,) tokens of each review, as far as the context holds them."""
-    return torch.tensor([min(len(ids), run.block_size) for ids in reviews.ids])
+    return torch.tensor([min(len(ids), run.T) for ids in reviews.ids])
 
 
-def sft(run):
-    """pi_sft: maximum likelihood of the reviews' responses, not of prompts (official code).  -> its folder
+@stage
+def sft(run, folder):
+    """pi_sft: maximum likelihood of the reviews' responses, not of prompts (official code)."""
+    cfg = run.cfg
+    torch.manual_seed(cfg.pipeline)
+    config = GPTConfig(cfg.n_layer, cfg.n_head, cfg.n_embd, run.encoding.n_vocab, run.T)
+    gpt = (GPT.from_pretrained(cfg.init) if cfg.init else GPT(config)).to(run.device)
+    gpt.bf16 = run.bf16
+    train, test, n = run.reviews["train"].first(cfg.sft_reviews), run.reviews["test"].first(1000), 0
+    if cfg.sft_stretches:
+        train, n = train.behind_stretches(run.T)                                         # n stretches first
+    length = lengths(run, train)                                                         # (all,)
 
-    On a user's file the weights with the lowest held-out loss of ten on the way are kept.
+    def batch_of(step):
+        if step < cfg.sft_stretches:
+            return batch_by_length(step, cfg.sft_batch, length[:n], cfg.pipeline, "stretches")
+        return n + batch_by_length(step, cfg.sft_batch, length[n:], cfg.pipeline, "sft")
+
+    def loss_of(part, reviews=train):
+        ids, mask = run.rows(reviews.pick(part.tolist()))                                # (b, t), (b, t)
+        return {"loss": -token_logprob(gpt, ids, mask).sum()}, int(mask.sum())
+
+    optimizers = [adamw(gpt.parameters(), cfg.sft_lr)]
+    if cfg.sft_optimizer == "muon":
+        optimizers = muon(gpt, cfg.sft_lr)
+    trained(run, folder, gpt, optimizers, loss_of, cfg.sft_lr, cfg.sft_steps, batch_of)
+    with torch.no_grad():
+        parts = [loss_of(part, test) for part in torch.arange(len(test)).split(50)]
+    nats = sum(float(stats["loss"]) for stats, _ in parts) / sum(tokens for _, tokens in parts)
+    print(f"sft: perplexity {math.exp(nats):.2f} on held-out texts, a vocabulary of {run.encoding.n_vocab:,}")
+    write_json(folder / "report.json", {"test_perplexity": math.exp(nats)})
+    gpt.save_pretrained(folder, run.eos_id)
+
+
+@stage
+def oracle(run, folder):
+    """The oracle: a classifier of the reviews from pi_sft's weights.  The reward is its log-odds."""
+    cfg = run.cfg
+    scorer = ScalarGPT(run.gpt(sft(run)), run.eos_id).to(run.device)
+    train, test = run.reviews["train"].labelled(), run.reviews["test"].labelled()
+    length = lengths(run, train)
+
+    def loss_of(part, reviews=train):
+        some = reviews.pick(part.tolist())
+        label = torch.tensor(some.label, device=run.device).float()                      # (b,)
+        log_odds = scorer(*run.rows(some))                                               # (b,)
+        loss = F.binary_cross_entropy_with_logits(log_odds, label, reduction="sum")
+        return {"loss": loss, "accuracy": ((log_odds > 0) == (label > 0)).sum()}, len(part)
+
+    optimizers = [adamw(scorer.parameters(), cfg.oracle_lr)]
+    trained(run, folder, scorer, optimizers, loss_of, cfg.oracle_lr, cfg.oracle_steps,
+            lambda step: batch_by_length(step, cfg.oracle_batch, length, cfg.pipeline, "oracle"))
+    with torch.no_grad():
+        parts = torch.arange(len(test)).split(100)
+        right = sum(int(loss_of(part, test)[0]["accuracy"]) for part in parts)
+    print(f"oracle: accuracy {right / len(test):.3f} on held-out reviews")
+    write_json(folder / "report.json", {"test_accuracy": right / len(test), "shift": 0.0, "scale": 1.0})
+    write_tensors(folder / "scorer.safetensors", scorer.state_dict())
+
+
+def labeller(run):
+    """The folder of what labels pairs and judges: the oracle's, for a user's file the reward model's."""
+    return reward_model(run) if run.cfg.own else oracle(run)
+
+
+def winners(run, reward, pairs, *names):
+    """Which of a pair wins: the higher reward, or a draw by the difference.  (P, K), (2, n) -> (P, n), 0 or 1
+
+    pairs: two rows of columns of reward.  The same names draw the same winners.
     """
-    cfg = run.cfg
-    folder = run.folder / "sft"
-    if begin(folder, run.settings("sft") | {"reviews": run.source}):
-        return folder
-    sources = {"sft": run.reviews["train"].pick(range(cfg.sft_reviews))}
-    if cfg.sft_segments:                                  # more text than the beginnings, which come last
-        sources["sft segments"] = data.segments(sources["sft"], run.block_size)
-    length = {name: lengths(run, reviews) for name, reviews in sources.items()}
-    gpt = run.placed(initial_gpt(run))
-    optimizer = Muon(gpt, cfg.sft_lr) if cfg.sft_optimizer == "muon" else adamw(gpt, cfg.sft_lr)
-    log = Log(folder / "metrics.csv")
-    held_out = Rows()                                     # on the way, of a user's file: what is kept
-    state = {"model": gpt, "optimizer": optimizer, "log": log, "held_out": held_out}
-    for step, bar in resumable(folder, state, cfg.sft_steps, cfg.save_every, "sft"):
-        name = "sft segments" if step < cfg.sft_segments else "sft"
-        reviews = sources[name]
-        index = batch_by_length(step, cfg.sft_batch, length[name], *run.names(name))
-        sums = Sums()
-        for part in micro_batches(index, run.at_once()):
-            ids, mask = run.rows(reviews.pick(part.tolist()))                            # (b, T), (b, T)
-            loss = -token_logprob(gpt, ids, mask).sum()
-            loss.backward()
-            tokens = int(mask.sum())
-            prompt_tokens = int(reviews.start[part.numpy()].sum())
-            padding = ids.numel() - tokens - prompt_tokens                      # positions that teach nothing
-            sums.add(tokens, loss=loss, padding=torch.tensor(padding))
-        lr = cfg.sft_lr * cosine(step, cfg.sft_steps)
-        means = update(optimizer, lr, sums, index, f"sft, step {step + 1}")
-        log.write(step=step + 1, **means)
-        bar.set_postfix(loss=f"{means['loss']:.3f}", refresh=False)
-        if run.own and (step + 1) % max(1, cfg.sft_steps // 10) == 0:
-            nats = held_out_loss(run, gpt)["test_nats_per_token"]
-            held_out.append(step=torch.tensor([step + 1]), nats=torch.tensor([nats]))
-            if held_out.columns["nats"].argmin() == len(held_out) - 1:
-                run.save_policy(gpt, folder)
-    kept = {}
-    if run.own:                                           # a small file is soon learned by heart
-        gpt = run.policy(folder)
-        kept = {"step_kept": int(held_out.columns["step"][held_out.columns["nats"].argmin()])}
-    report = held_out_loss(run, gpt) | kept
-    print(f"sft: perplexity {report['test_perplexity']:.2f} on held-out texts, of a vocabulary of "
-          f"{run.encoding.n_vocab}")
+    first, second = reward[:, pairs[0]], reward[:, pairs[1]]                             # (P, n) each
+    if run.cfg.labels == "argmax":                        # official code: no noise
+        return (second > first).long()
+    uniform = torch.rand(first.T.shape, generator=run.rng("winner", *names)).T           # (P, n)
+    return (uniform > torch.sigmoid(first - second)).long()                              # Bradley-Terry
+
+
+PAIR = torch.tensor([[0], [1]])                           # columns: a prompt's first two responses
+
+
+@stage
+def reward_model(run, folder):
+    """A Bradley-Terry reward model from pi_sft's weights, and its rewards of all responses.
+
+    It learns from all pairs of a prompt's first `rm_responses` responses; the first pair is alignment's.
+    Pairs leave the reward's shift and scale free: it is shifted to mean 0 and scaled to the oracle's standard
+    deviation within prompts, both on the responses to *training* prompts.  A file of pairs has no scale.
+    """
+    cfg, R = run.cfg, run.cfg.rm_responses
+    sampled = read_tensors(responses(run) / "responses.safetensors")
+    scorer = ScalarGPT(run.gpt(sft(run)), run.eos_id).to(run.device)
+    ids, mask = sampled["ids"][:, :R], sampled["mask"][:, :R]                            # (P, R, T)
+    pairs = torch.triu_indices(R, R, offset=1)                                           # (2, n)
+    sign = (1 - 2 * winners(run, sampled["reward"], pairs, "train")).to(run.device)      # (P, n) 1 or -1
+    length = mask.sum(2).amax(1)                                                         # (P, R, T) -> (P,)
+
+    def loss_of(part):
+        score = score_rows(run, scorer, ids[part], mask[part])                           # (b, R)
+        margin = (score[:, pairs[0]] - score[:, pairs[1]]) * sign[part]                  # (b, n)
+        right = (margin > 0).float()                                                     # (b, n)
+        return {"loss": -F.logsigmoid(margin).mean(1).sum(), "accuracy": right.mean(1).sum()}, len(part)
+
+    optimizers = [adamw(scorer.parameters(), cfg.rm_lr)]
+    trained(run, folder, scorer, optimizers, loss_of, cfg.rm_lr, cfg.rm_steps,
+            lambda step: batch_by_length(step, cfg.rm_batch, length, cfg.pipeline, "reward_model"), R)
+    score = score_all(run, scorer, sampled)                                              # (P, K)
+    report = {"shift": float(score.mean()), "scale": 1.0}
+    if cfg.own:
+        held_out = score_all(run, scorer, own_responses(run, run.gpt(sft(run)), "test"))
+        report["accuracy"] = float((held_out[:, 0] > held_out[:, 1]).float().mean())
+        print(f"reward_model: accuracy {report['accuracy']:.3f} on held-out prompts")
+    else:
+        report["scale"] = within_prompt_sd(sampled["reward"]) / within_prompt_sd(score)
+        both = torch.stack([score, sampled["reward"]])                                   # (2, P, K)
+        both = both - both.mean(2, keepdim=True)
+        report["within_prompt_r2"] = float(torch.corrcoef(both.flatten(1))[0, 1] ** 2)
+        print(f"reward_model: r^2 {report['within_prompt_r2']:.2f} with the oracle, within prompts")
     write_json(folder / "report.json", report)
-    finish(folder, **{"model.safetensors": run.save_policy(gpt, folder)})
-    return folder
+    write_tensors(folder / "scorer.safetensors", scorer.state_dict())
+    rewards = (score - report["shift"]) * report["scale"]                                # (P, K)
+    write_tensors(folder / "rewards.safetensors", {"reward": rewards})
 
 
-def initial_gpt(run):
-    """The model that SFT starts from: released or saved weights (--init), or random ones."""
-    if run.cfg.init:
-        return GPT.from_pretrained(run.cfg.init)
-    torch.manual_seed(run.cfg.pipeline)
-    return GPT(model_config(run))
-
-
-def model_config(run):
-    """Its sizes, before any weights are read; UserError where --init does not fit.  -> GPTConfig"""
-    cfg = run.cfg
-    if not cfg.init:
-        return GPTConfig(cfg.n_layer, cfg.n_head, cfg.n_embd, run.encoding.n_vocab, run.block_size)
-    config = config_of(cfg.init)
-    for what, there, needed in (("positions (its block size)", config.block_size, run.block_size),
-                                ("tokens in its vocabulary", config.vocab_size, run.encoding.n_vocab)):
-        if there < needed:
-            raise UserError(f"--init {cfg.init} has {there:,} {what}, {needed:,} are needed: choose other "
-                            "weights, or lower --prompt-tokens and --new-tokens")
-    return config
+def score_rows(run, scorer, ids, mask):
+    """A scorer's values of stored responses, (b, K, T) each -> (b, K)"""
+    ids, mask = ids.to(run.device), mask.to(run.device)
+    flat = trim(ids.flatten(0, 1).long(), mask.flatten(0, 1))                            # (b K, t) x2
+    return scorer(*flat).view(ids.shape[:2])
 
 
 @torch.no_grad()
-def held_out_loss(run, gpt):
-    """The loss on the responses of up to 1,000 test reviews, at temperature 1, a token and a byte of text."""
-    reviews = run.reviews["test"]
-    total = tokens = size = 0
-    for index in torch.arange(min(1000, len(reviews))).split(50):
-        ids, mask = run.rows(reviews.pick(index.tolist()))
-        total -= float(token_logprob(gpt, ids, mask).sum())
-        tokens += int(mask.sum())
-        size += sum(len(response.encode()) for response in texts(run, ids, mask))
-    return {"test_perplexity": math.exp(total / tokens), "test_nats_per_token": total / tokens,
-            "test_bits_per_byte": total / math.log(2) / size}
+def score_all(run, scorer, sampled):
+    """The same of all stored responses, on the CPU.  -> (P, K)"""
+    parts = zip(sampled["ids"].split(16), sampled["mask"].split(16))
+    return torch.cat([score_rows(run, scorer, *part).cpu() for part in parts])
 
 
-def oracle(run):
-    """The oracle: a classifier of the reviews from pi_sft's weights; its log-odds reward.  -> its folder
+def reward_function(run, folder):
+    """The oracle, or a reward model, as a reward: (ids, mask) -> (N,)"""
+    scorer, report = run.scorer(folder), read_json(folder / "report.json")
 
-    There is none for a user's file: the reward model stands in its place.
-    """
-    if run.own:
-        return reward_model(run)
-    cfg = run.cfg
-    folder, upstream = run.folder / "oracle", sft(run)
-    if begin(folder, run.settings("oracle"), [upstream]):
-        return folder
-    train, test = (reviews.pick(np.flatnonzero(reviews.label >= 0)) for reviews in run.reviews.values())
-    length = lengths(run, train)
-    scorer = ScalarGPT(run.policy(upstream), run.eos_id).to(run.device)
-    optimizer = adamw(scorer, cfg.oracle_lr)
-    log = Log(folder / "metrics.csv")
-    state = {"model": scorer, "optimizer": optimizer, "log": log}
-    for step, bar in resumable(folder, state, cfg.oracle_steps, cfg.save_every, "oracle"):
-        index = batch_by_length(step, cfg.oracle_batch, length, *run.names("oracle"))
-        sums = Sums()
-        for part in micro_batches(index, run.at_once()):
-            log_odds, label = classify(run, scorer, train, part)                         # (b,), (b,)
-            loss = F.binary_cross_entropy_with_logits(log_odds, label, reduction="sum")
-            loss.backward()
-            sums.add(len(part), loss=loss, accuracy=((log_odds > 0) == (label > 0)).sum())
-        lr = cfg.oracle_lr * cosine(step, cfg.oracle_steps)
-        means = update(optimizer, lr, sums, index, f"oracle, step {step + 1}")
-        log.write(step=step + 1, **means)
-        bar.set_postfix(loss=f"{means['loss']:.3f}", accuracy=f"{means['accuracy']:.3f}", refresh=False)
-    with torch.no_grad():
-        chunks = torch.arange(len(test)).split(100)
-        pairs = [torch.stack(classify(run, scorer, test, index)) for index in chunks]    # of (2, 100)
-    log_odds, label = torch.cat(pairs, dim=1)                                           # (2, n) -> (n,), (n,)
-    right = (log_odds > 0) == (label > 0)                                                # (n,)
-    print(f"oracle: accuracy {right.float().mean():.3f} on held-out reviews")
-    write_json(folder / "report.json", {"test_accuracy": float(right.float().mean()),
-                                        "test_log_odds_sd": float(log_odds.std())})
-    finish(folder, **{"model.safetensors": scorer.save_pretrained(folder)})
-    return folder
-
-
-def classify(run, scorer, reviews, index):
-    """The scorer's log-odds and the labels of some reviews.  -> (b,), (b,)"""
-    label = torch.tensor(reviews.label[index.numpy()], device=run.device).float()
-    return scorer(*run.rows(reviews.pick(index.tolist()))), label
+    def reward(ids, mask):
+        return (scorer(ids, mask) - report["shift"]) * report["scale"]
+    return reward
 
 
 def judge(run):
-    """The reward of labels, (ids, mask) -> (N,): the oracle's, or on a user's file the reward model's."""
-    return reward_function(run, oracle(run))
-
-
-def evaluator(run):
-    """The reward of evaluation, (ids, mask) -> (N,): --judge's, which nothing trains on, or `judge`'s."""
+    """The reward used for evaluation, (ids, mask) -> (N,): --judge's, else the labeller's."""
     if not run.cfg.judge:
-        return judge(run)
-    score = run.judge
+        return reward_function(run, labeller(run))
+    path, _, name = run.cfg.judge.rpartition(":")
+    sys.path.insert(0, str(Path(path).parent))            # it may import what lies next to it
+    function = runpy.run_path(path).get(name)
+    if not callable(function):
+        raise UserError(f"--judge {run.cfg.judge}: the file has no function of this name")
 
     def reward(ids, mask):
-        prompts = [run.encoding.decode(prompt) for prompt in prompts_of(ids, mask)]
-        rewards = score(prompts, texts(run, ids, mask))
-        if len(rewards) != len(ids):
-            raise UserError(f"--judge {run.cfg.judge} gave {len(rewards)} rewards for {len(ids)} responses: "
-                            "return one for each")
-        return torch.tensor(rewards, dtype=torch.float32, device=ids.device)             # (N,)
+        prompt_length = mask.int().argmax(1).tolist()                                    # (N,)
+        prompts = [run.encoding.decode(row[:n].tolist()) for row, n in zip(ids, prompt_length)]
+        rewards = torch.tensor(function(prompts, texts(run, ids, mask)), dtype=torch.float32)
+        return rewards.to(ids.device).view(len(ids))                                     # one for each
     return reward
 
 
 # ---- responses of pi_sft ------------------------------------------------------------------------------
 
-def sample_responses(run, folder, name, prompts, each, columns=None, rewards_only=False, model_reward=None):
-    """`each` responses of pi_sft to every prompt, with the judge's reward.  -> {name: (P, each, ...)}
+@stage
+def responses(run, folder):
+    """Responses to each training prompt, pi_sft's or a user's.  ids, mask: (P, K, T); ref_logp, reward: (P, K)"""
+    cfg, policy = run.cfg, run.gpt(sft(run))
+    if cfg.own:
+        sampled = own_responses(run, policy, "train")
+    else:
+        reward, prompts = reward_function(run, oracle(run)), run.prompts("train", cfg.prompts)
 
-    ids and mask, padded to the block, ref_logp by the function that training uses, and reward; or rewards
-    only, with those of a second reward function, model_reward, beside them.
-    name: what the random numbers depend on.  columns: of the `each` only these are drawn, by the numbers that
-    they have where all are drawn.
+        def columns(ids, mask):                                                          # -> (n,) each
+            ref_logp = sequence_logprob(policy, ids, mask, cfg.temperature)
+            return {"ref_logp": ref_logp, "reward": reward(ids, mask)}
+
+        sampled = answers(run, policy, prompts, cfg.responses, run.rng("responses"), columns)
+    write_tensors(folder / "responses.safetensors", sampled)
+
+
+def answers(run, policy, prompts, each, generator, columns):
+    """`each` responses of a policy to every prompt.  -> {ids, mask: (P, each, T), name: (P, each)}
+
+    columns: (ids, mask) of some rows -> {name: (n,)}.
     """
     cfg = run.cfg
-    policy = run.policy(run.folder / "sft")
-    reward = evaluator(run) if rewards_only else judge(run)
-    columns = columns or range(each)
-    places = torch.arange(len(prompts) * each).view(-1, each)[:, list(columns)].flatten()   # (P columns,)
-    chunks = places.split(cfg.sample_batch)
-    rows = Rows()
-
-    def scores(ids, mask):
-        row = {"reward": reward(ids, mask)}                                              # (n,)
-        if model_reward:
-            row["model_reward"] = model_reward(ids, mask)                                # (n,)
-        if not rewards_only:
-            row["ref_logp"] = sequence_logprob(policy, ids, mask, cfg.temperature)       # (n,)
-        return row
-
-    for step, _ in resumable(folder, {"rows": rows}, len(chunks), cfg.save_every, folder.name):
-        uniform = uniform_rows(chunks[step], cfg.sample_batch, cfg.new_tokens, *run.names(name))
-        repeated = [prompts[place // each] for place in chunks[step].tolist()]
-        new = respond(policy, repeated, cfg.new_tokens, cfg.temperature, run.eos_id, None,
-                      cfg.sample_batch, scores, run.block_size, uniform)
-        new["ids"] = new["ids"].int()
-        if rewards_only:
-            del new["ids"], new["mask"]
-        rows.append(**new)
-    return {name: column.unflatten(0, (len(prompts), len(columns))) for name, column in rows.columns.items()}
+    repeated = [prompt for prompt in prompts for _ in range(each)]
+    new = respond(policy, repeated, cfg.new_tokens, run.T, cfg.temperature, run.eos_id, generator,
+                  cfg.sample_batch, columns)
+    return {name: column.unflatten(0, (len(prompts), each)) for name, column in new.items()}
 
 
-def uniform_rows(places, batch, n, *key):
-    """Rows of an endless table of uniform numbers, which is drawn `batch` rows at a time.  -> (m, n)
-
-    places: (m,) ascending.
-    """
-    first, last = int(places[0]) // batch, int(places[-1]) // batch
-    drawn = [torch.rand(batch, n, generator=rng(*key, i)) for i in range(first, last + 1)]
-    return torch.cat(drawn)[places - first * batch]
-
-
-def responses(run):
-    """The two responses of pi_sft to a prompt that make its pair; or all of a user's own.  -> its folder"""
-    if not run.own:
-        return drawn_responses(run, "responses", run.cfg.responses, range(2))
-    folder = run.folder / "responses"
-    if not begin(folder, run.settings("responses"), [sft(run)]):
-        sampled = own_responses(run, "train")
-        finish(folder, **{"responses.safetensors": write_tensors(folder / "responses.safetensors", sampled)})
-    return folder
+@torch.no_grad()
+def own_responses(run, policy, split):
+    """The file's responses in the same form, the best first; the rewards of a pair are 1 and 0."""
+    preferences = run.preferences[split]
+    flat = [(each.prompt + response, len(each.prompt)) for each in preferences for response in each.responses]
+    ids, mask = data.padded_rows(*zip(*flat), run.T, run.eos_id)                         # (P K, t), (P K, t)
+    parts = zip(ids.to(run.device).split(64), mask.to(run.device).split(64))
+    logp = torch.cat([sequence_logprob(policy, *part, run.cfg.temperature).cpu() for part in parts])
+    reward = torch.tensor([each.rewards for each in preferences])                        # (P, K)
+    return {"ids": ids.view(*reward.shape, -1), "mask": mask.view(*reward.shape, -1),
+            "ref_logp": logp.view(reward.shape), "reward": reward}
 
 
-def all_responses(run):
-    """Those and the other responses, which methods from rewards use.  -> their folders"""
-    first = responses(run)
-    if run.own or run.cfg.responses == 2:
-        return [first]
-    K = run.cfg.responses
-    return [first, drawn_responses(run, "other_responses", K, range(2, K), name="responses")]
-
-
-def drawn_responses(run, stage, each, columns=None, name=None):
-    """A stage of responses of pi_sft to the training prompts, as `sample_responses` draws.  -> its folder"""
-    folder = run.folder / stage
-    if not begin(folder, run.settings("responses"), [sft(run), oracle(run)]):
-        sampled = sample_responses(run, folder, name or stage, run.train_prompts(), each, columns)
-        finish(folder, **{"responses.safetensors": write_tensors(folder / "responses.safetensors", sampled)})
-    return folder
-
-
-def read_responses(folders):
-    """The responses in these folders, side by side.  -> {ids, mask: (P, K, T), ref_logp, reward: (P, K)}"""
-    parts = [read_tensors(folder / "responses.safetensors")[0] for folder in folders]
-    return {name: torch.cat([part[name] for part in parts], dim=1) for name in parts[0]}
-
-
-def answers(run):
-    """A response of pi_sft to each training prompt, for XPO; a user's file has none.  -> its folder"""
-    if not run.own:
-        return responses(run)
-    return drawn_responses(run, "answers", 1)
+def implicit(run, policy, ref):
+    """How well beta_pi h tells a file's held-out best responses from the worst.  -> {name: float}"""
+    logp, ref_logp = (own_responses(run, gpt, "test")["ref_logp"] for gpt in (policy, ref))      # (P, K)
+    h = run.cfg.beta_pi * (logp - ref_logp)                                              # (P, K)
+    margin = h[:, 0] - h[:, 1]                                                           # (P,)
+    right = (margin > 0).float() + 0.5 * (margin == 0).float()                           # (P,)
+    return {"held_out_accuracy": float(right.mean()), "held_out_margin": float(margin.mean())}
 
 
 def limit(run):
-    """Rewards of many responses of pi_sft to prompts of evaluation, for the limit.  -> its folder
+    """Rewards of many responses of pi_sft to prompts of evaluation.  -> {reward: (P, M)}
 
-    Where there is a reward model beside what evaluates, with its rewards of the same responses, model_reward.
+    If a reward model exists besides the judge, then also its rewards of the same responses, model_reward.
     """
-    cfg = run.cfg
-    name = f"limit-{cfg.limit_prompts}x{cfg.limit_responses}"
-    folder = run.folder / name
-    upstream = [sft(run), oracle(run)]
-    both = run.judged_by != "rm" and finished(run.folder / "reward_model")
-    if both:
-        upstream.append(reward_model(run))
-        folder = run.folder / f"{name}-reward-model"
-    if not begin(folder, run.settings("limit"), upstream):
-        model_reward = reward_function(run, upstream[-1]) if both else None
-        prompts = run.prompts(run.evaluated, cfg.limit_prompts)
-        sampled = sample_responses(run, folder, name, prompts, cfg.limit_responses, rewards_only=True,
-                                   model_reward=model_reward)
-        finish(folder, **{"rewards.safetensors": write_tensors(folder / "rewards.safetensors", sampled)})
-    return folder
+    scores = {"reward": judge(run)}
+    folder = "limit"
+    model = run.folder / "reward_model"
+    if not run.cfg.own and (model / "stage.json").exists() and read_json(model / "stage.json")["finished"]:
+        scores["model_reward"] = reward_function(run, reward_model(run))
+        folder = "limit-and-model"
+    folder, finished = run.begin("limit", folder)
+    if not finished:
+        prompts = run.prompts("evaluated", run.cfg.limit_prompts)
+
+        def columns(ids, mask):
+            return {name: reward(ids, mask) for name, reward in scores.items()}          # (n,) each
+
+        policy, generator = run.gpt(sft(run)), run.rng("limit")
+        sampled = answers(run, policy, prompts, run.cfg.limit_responses, generator, columns)
+        write_tensors(folder / "rewards.safetensors", {name: sampled[name] for name in scores})
+        finish(folder)
+    return read_tensors(folder / "rewards.safetensors")
+
+
+@stage
+def reference(run, folder):
+    """pi_sft evaluated on the prompts of every checkpoint, and the data's own continuations."""
+    policy, reward = run.gpt(sft(run)), judge(run)
+    samples = evaluation(run, policy, policy, reward, run.rng("reference"))
+    ids, mask = run.rows(run.reviews["evaluated"].first(len(samples["reward"])))         # (P, t), (P, t)
+    with torch.no_grad():
+        rewards = [reward(*part).cpu() for part in zip(ids.split(64), mask.split(64))]
+    samples["data_reward"] = torch.cat(rewards)                                          # (P,)
+    write_tensors(folder / "samples.safetensors", samples)
 
 
 def evaluation(run, policy, ref, reward, generator):
-    """`evaluate.measure` on the run's prompts of evaluation.  -> {ids, mask, reward, kl, k1: (P, S, ...)}"""
+    """A policy's responses to the prompts of evaluation.  -> {ids, mask, reward, kl, k1: (P, S, ...)}"""
     cfg = run.cfg
-    prompts = run.prompts(run.evaluated, cfg.eval_prompts)
-    return measure(policy, ref, reward, prompts, cfg.eval_samples, cfg.new_tokens, cfg.temperature,
-                   run.eos_id, generator, cfg.sample_batch)
+
+    def columns(ids, mask):
+        kl, k1 = sequence_kl(policy, ref, ids, mask, cfg.temperature)                    # (n,), (n,)
+        return {"reward": reward(ids, mask), "kl": kl, "k1": k1}
+
+    prompts = run.prompts("evaluated", cfg.eval_prompts)
+    return answers(run, policy, prompts, cfg.eval_samples, generator, columns)
 
 
-def drift(run, policy, samples, start):
-    """What tells that mass leaves the responses of pi_sft.  -> {log_mean_ratio, and on tiny faulty}
-
-    log_mean_ratio: log of the mean of pi / pi_sft over responses that pi_sft drew for evaluation, nats; below
-    0 for a policy whose mass has gone elsewhere.  faulty: the share of sentences outside of the grammar,
-    those cut at the length cap among them.
-    samples: the policy's, from `evaluation`; start: pi_sft's, with their ref_logp, from `reference`.
-    """
-    logp = logprob_of(run, policy, start["ids"].flatten(0, 1), start["mask"].flatten(0, 1))    # (P S,)
-    h = logp - start["ref_logp"].flatten()                                               # (P S,)
-    row = {"log_mean_ratio": float(h.logsumexp(0) - math.log(len(h)))}
-    if run.cfg.data == "tiny":
-        written_by_it = texts(run, samples["ids"].flatten(0, 1), samples["mask"].flatten(0, 1))
-        sentences = [sentence for text in written_by_it for sentence in data.read_tiny(text)]
-        row["faulty"] = sum(sentence is None for sentence in sentences) / max(1, len(sentences))
-    return row
-
-
-def implicit(run, policy, held_out):
-    """How beta_pi h tells a file's held-out best responses from the worst.  held_out: of `own_responses`
-
-    -> {held_out_accuracy (ties one half), held_out_margin: the mean of the difference}
-    """
-    logp = logprob_of(run, policy, held_out["ids"].flatten(0, 1), held_out["mask"].flatten(0, 1))    # (P K,)
-    h = logp.view(held_out["ref_logp"].shape) - held_out["ref_logp"]                     # (P K,) -> (P, K)
-    margin = run.cfg.beta_pi * (h[:, 0] - h[:, 1])                                       # (P,)
-    right = (margin > 0).float() + 0.5 * (margin == 0).float()                           # (P,)
-    return {"held_out_accuracy": float(right.mean()), "held_out_margin": float(margin.mean())}
+def faulty(run, samples):
+    """The share of faulty sentences in responses to the grammar's prompts.  samples: from `evaluation`"""
+    responses = texts(run, samples["ids"].flatten(0, 1), samples["mask"].flatten(0, 1))
+    return float(np.mean([data.faulty(text) for text in responses]))
 
 
 def texts(run, ids, mask):
     """The responses' texts, without their end-of-text.  (N, T), (N, T) -> N strings"""
     kept = mask & (ids != run.eos_id)                                                    # (N, T)
     return [run.encoding.decode(row[on].tolist()) for row, on in zip(ids, kept)]
-
-
-def reference(run):
-    """pi_sft evaluated on the same prompts as every checkpoint: step 0 of every method.  -> its folder"""
-    folder, upstream = run.folder / "reference", [sft(run), oracle(run)]
-    if not begin(folder, run.settings("reference"), upstream):
-        policy, reward = run.policy(upstream[0]), evaluator(run)
-        samples = evaluation(run, policy, policy, reward, rng(*run.names("reference")))
-        ref_logp = logprob_of(run, policy, samples["ids"].flatten(0, 1), samples["mask"].flatten(0, 1))
-        samples["ref_logp"] = ref_logp.view(samples["reward"].shape)                     # (P S,) -> (P, S)
-        samples |= written(run, reward)
-        finish(folder, **{"samples.safetensors": write_tensors(folder / "samples.safetensors", samples)})
-    return folder
-
-
-@torch.no_grad()
-def written(run, reward):
-    """Those prompts' continuations as their authors wrote them.  -> {data_ids, data_mask, data_reward}"""
-    ids, mask = run.rows(run.evaluated.pick(range(run.cfg.eval_prompts)))                # (P, T), (P, T)
-    rewards = [reward(*part) for part in zip(ids.split(64), mask.split(64))]
-    return {"data_ids": ids.int().cpu(), "data_mask": mask.cpu(), "data_reward": torch.cat(rewards).cpu()}
-
-
-@torch.no_grad()
-def logprob_of(run, policy, ids, mask):
-    """log pi of many responses, 64 at a time.  (N, T), (N, T) -> (N,), on the CPU"""
-    parts = []
-    for chunk, chunk_mask in zip(ids.split(64), mask.split(64)):
-        chunk, chunk_mask = trim(chunk.long().to(run.device), chunk_mask.to(run.device))
-        parts.append(sequence_logprob(policy, chunk, chunk_mask, run.cfg.temperature).cpu())
-    return torch.cat(parts)
-
-
-@torch.no_grad()
-def own_responses(run, split):
-    """The file's responses as `sample_responses` gives pi_sft's; the rewards of a pair are 1 and 0."""
-    rows = run.preferences[split]
-    policy = run.policy(run.folder / "sft")
-    sequences, starts = [], []
-    for row in rows:
-        sequences += [row.prompt + response for response in row.responses]
-        starts += [len(row.prompt)] * len(row.responses)
-    ids, mask = data.rows(sequences, starts, run.block_size, run.eos_id)                  # (P K, t), (P K, t)
-    logp = logprob_of(run, policy, ids, mask)                                            # (P K,)
-    reward = torch.tensor([row.rewards or [1.0, 0.0] for row in rows])                   # (P, K)
-    room = (0, run.block_size - ids.shape[1])
-    ids = F.pad(ids, room, value=run.eos_id).int()                                      # (P K, t) -> (P K, T)
-    mask = F.pad(mask, room)                                                            # (P K, t) -> (P K, T)
-    P, K = reward.shape
-    return {"reward": reward, "ids": ids.view(P, K, -1), "mask": mask.view(P, K, -1),
-            "ref_logp": logp.view(P, K)}
-
-
-# ---- pairs and the reward model -----------------------------------------------------------------------
-
-def winners(run, reward, *names):
-    """The winner's column of each pair, (P, 2) -> (P,): the higher reward, or Bernoulli by the difference."""
-    if run.cfg.labels == "argmax":                        # official code: no noise
-        return reward.argmax(1)
-    uniform = torch.rand(len(reward), generator=rng(*run.names("winner", *names)))
-    return (uniform > torch.sigmoid(reward[:, 0] - reward[:, 1])).long()                 # Bradley-Terry
-
-
-def reward_model(run):
-    """A Bradley-Terry reward model from pi_sft's weights, on the pairs.  -> its folder, with all rewards
-
-    Pairs leave the reward's shift and scale free: it is shifted to mean 0 and scaled to the oracle's standard
-    deviation within prompts, both on the responses to *training* prompts.  On a user's file to that of its
-    rewards; a file of pairs has none.
-    """
-    cfg = run.cfg
-    folder, upstream = run.folder / "reward_model", [sft(run), *all_responses(run)]
-    if begin(folder, run.settings("reward_model"), upstream):
-        return folder
-    sampled = read_responses(upstream[1:])
-    R = 2 if run.own else cfg.rm_responses                # the first R responses of a prompt make its pairs
-    pairs = list(itertools.combinations(range(R), 2))
-    first, second = torch.tensor(pairs).T                                                # (n,), (n,) columns
-    labels = []
-    for n, pair in enumerate(pairs):
-        key = ("train", n) if n > 0 else ("train",)       # the first pair's label is that of alignment
-        labels.append(winners(run, sampled["reward"][:, list(pair)], *key))              # (P,)
-    winner = torch.stack(labels, dim=1)                                                  # (P, n)
-    length = sampled["mask"][:, :R].sum(2).amax(1)                                       # (P,)
-    scorer = ScalarGPT(run.policy(upstream[0]), run.eos_id).to(run.device)
-    optimizer = adamw(scorer, cfg.rm_lr)
-    log = Log(folder / "metrics.csv")
-    held_out_log = Log(folder / "held_out.csv")           # shows whether it still learns when it stops
-    state = {"model": scorer, "optimizer": optimizer, "log": log, "held_out": held_out_log}
-    for step, bar in resumable(folder, state, cfg.rm_steps, cfg.save_every, "reward_model"):
-        index = batch_by_length(step, cfg.rm_batch, length, *run.names("reward_model"))
-        sums = Sums()
-        for part in micro_batches(index, run.at_once(R)):
-            score = score_responses(run, scorer, sampled, part, R)                       # (b, R)
-            sign = 1 - 2 * winner[part].to(run.device)                             # (b, n) -1: the second won
-            margin = (score[:, first] - score[:, second]) * sign               # (b, n) winner's minus loser's
-            loss = -F.logsigmoid(margin).mean(1).sum()
-            loss.backward()
-            sums.add(len(part), loss=loss, accuracy=(margin > 0).float().mean(1).sum())
-        lr = cfg.rm_lr * cosine(step, cfg.rm_steps)
-        means = update(optimizer, lr, sums, index, f"reward_model, step {step + 1}")
-        log.write(step=step + 1, **means)
-        bar.set_postfix(loss=f"{means['loss']:.3f}", accuracy=f"{means['accuracy']:.3f}", refresh=False)
-        if not run.own and (step + 1) % max(1, cfg.rm_steps // 8) == 0:
-            held_out_log.write(step=step + 1, loss=held_out_pairs(run, scorer, sampled))
-
-    score = score_all(run, scorer, sampled)                                              # (P, K)
-    shift = float(score.mean())
-    scale = within_prompt_sd(sampled["reward"]) / within_prompt_sd(score)
-    if run.own and not run.scored:
-        scale = 1.0
-    report = agreement(run, scorer, sampled, score)
-    write_json(folder / "report.json", {"shift": shift, "scale": scale} | report)
-    rewards = write_tensors(folder / "rewards.safetensors", {"reward": (score - shift) * scale})
-    finish(folder, **{"model.safetensors": scorer.save_pretrained(folder), "rewards.safetensors": rewards})
-    return folder
-
-
-def agreement(run, scorer, sampled, score):
-    """How the reward model orders responses that it did not train on; printed.  -> entries of report.json
-
-    score: (P, K) its scores of `sampled`.
-    """
-    if run.own:
-        held_out = score_all(run, scorer, own_responses(run, "test"))                    # (P, K)
-        accuracy = float((held_out[:, 0] > held_out[:, 1]).float().mean())
-        print(f"reward_model: accuracy {accuracy:.3f} on held-out rows")
-        return {"accuracy_on_held_out_rows": accuracy}
-    R = run.cfg.rm_responses
-    oracle_says = sampled["reward"][:, R] > sampled["reward"][:, R + 1]
-    right = oracle_says == (score[:, R] > score[:, R + 1])                               # (P,)
-    accuracy = float(right.float().mean())
-    print(f"reward_model: accuracy {accuracy:.3f} on fresh pairs")
-    both = torch.stack([score, sampled["reward"]])                                       # (2, P, K)
-    centred = (both - both.mean(2, keepdim=True)).flatten(1)                             # (2, P K)
-    report = {"accuracy_on_fresh_pairs": accuracy,
-              "within_prompt_r2": float(torch.corrcoef(centred)[0, 1] ** 2)}
-    if run.cfg.data == "tiny":
-        report |= opinion_weights(run, sampled, centred)
-    return report
-
-
-@torch.no_grad()
-def held_out_pairs(run, scorer, sampled):
-    """The Bradley-Terry loss on pairs that no step sees, two responses of 1,000 prompts; nats."""
-    R = run.cfg.rm_responses
-    pairs = {name: column[:1000, R:R + 2] for name, column in sampled.items()}
-    winner = winners(run, pairs["reward"], "held out")                                   # (n,)
-    score = score_all(run, scorer, pairs)                                                # (n, 2)
-    margin = (score[:, 0] - score[:, 1]) * (1 - 2 * winner)                              # (n,)
-    return float(-F.logsigmoid(margin).mean())
-
-
-def opinion_weights(run, sampled, centred):
-    """What the reward model and the oracle pay for an opinion, plain and in "not X at all": least squares.
-
-    centred: (2, P K), both rewards less their prompt's mean.  In the grammar both weigh 1.
-    """
-    counts = []
-    for text in texts(run, sampled["ids"].flatten(0, 1), sampled["mask"].flatten(0, 1)):
-        sentences = [sentence for sentence in data.read_tiny(text) if sentence is not None]
-        in_not = sum(opinions for opinions, turned in sentences if turned)
-        counts.append([sum(opinions for opinions, _ in sentences) - in_not, in_not])
-    counts = torch.tensor(counts).float().view(*sampled["reward"].shape, 2)              # (P, K, 2)
-    counts = (counts - counts.mean(1, keepdim=True)).flatten(0, 1)                       # (P K, 2)
-    plain, turned = torch.linalg.lstsq(counts, centred.T).solution.tolist()             # (2, 2): a row a kind
-    return {"weight_of_an_opinion": plain[0], "weight_in_not_at_all": turned[0],
-            "oracle_weight_of_an_opinion": plain[1], "oracle_weight_in_not_at_all": turned[1]}
-
-
-def score_responses(run, scorer, sampled, index, columns):
-    """The scorer's value of the first `columns` responses to some prompts.  -> (b, columns)"""
-    ids = sampled["ids"][index][:, :columns].flatten(0, 1).to(run.device)                # (b K, T)
-    mask = sampled["mask"][index][:, :columns].flatten(0, 1).to(run.device)              # (b K, T)
-    ids, mask = trim(ids, mask)
-    return scorer(ids.long(), mask).view(len(index), -1)                                 # (b K,) -> (b, K)
-
-
-@torch.no_grad()
-def score_all(run, scorer, sampled):
-    """The same of all responses to all prompts, on the CPU.  -> (P, K)"""
-    P, K = sampled["reward"].shape
-    rows = run.cfg.sample_batch if run.device.type == "cuda" else CPU_ROWS
-    chunks = torch.arange(P).split(max(1, rows // K))
-    return torch.cat([score_responses(run, scorer, sampled, index, K).cpu() for index in chunks])
-
-
-def climbed(run):
-    """What gives the reward to the methods from rewards: the reward model, or the oracle.  -> its folder"""
-    return oracle(run) if run.cfg.reward == "oracle" else reward_model(run)
-
-
-def reward_function(run, folder):
-    """A scorer as a reward function (ids, mask) -> (N,); a reward model's is shifted and scaled."""
-    scorer = run.scorer(folder)
-    report = {"shift": 0.0, "scale": 1.0} | read_json(folder / "report.json")
-    return lambda ids, mask: (scorer(ids, mask) - report["shift"]) * report["scale"]
-
-
-def prompts_of(ids, mask):
-    """The prompts of rows (N, T), (N, T) -> N id lists."""
-    start = mask.int().argmax(1)
-    return [row[:n].tolist() for row, n in zip(ids, start)]

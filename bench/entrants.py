@@ -4,19 +4,26 @@ Weights are random, rows are random and full: nothing is downloaded, and nobody 
 """
 import contextlib
 import copy
+import multiprocessing
+import re
 import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from compute import Sums, adamw, update
 from exo import exo_pref_loss
+from loop import Sums, adamw, update
 from model import GPT, GPTConfig, generate, token_logprob
 
 LR, BETA, EPS, TEMPERATURE = 1e-6, 0.1, 1e-3, 0.8
 PROMPT = 10                                               # tokens of a prompt
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+BF16 = DEVICE.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 @dataclass
@@ -27,15 +34,13 @@ class Case:
     n_head: int
     n_embd: int
     V: int
-    device: torch.device
-    bf16: bool
     N: int = 16                                           # rows: in training, two responses to each prompt
     T: int = 128                                          # tokens of a row, the end-of-text (V - 1) included
 
 
 def random_gpt(case):
-    gpt = GPT(GPTConfig(case.n_layer, case.n_head, case.n_embd, case.V, case.T)).to(case.device)
-    gpt.bf16 = case.bf16
+    gpt = GPT(GPTConfig(case.n_layer, case.n_head, case.n_embd, case.V, case.T)).to(DEVICE)
+    gpt.bf16 = BF16
     return gpt
 
 
@@ -51,7 +56,7 @@ def random_rows(case):
     ids = torch.randint(case.V - 1, (case.N, case.T), generator=torch.Generator().manual_seed(0))
     ids[1::2, :PROMPT] = ids[::2, :PROMPT]
     ids[:, -1] = case.V - 1
-    return ids.to(case.device)
+    return ids.to(DEVICE)
 
 
 def all_logits_logprob(model, ids, mask):
@@ -63,37 +68,19 @@ def all_logits_logprob(model, ids, mask):
 
 def exo_step(case, turns, logprob=token_logprob):
     """EXO from pairs (Eq 18) with stored reference log-probs."""
-    model = random_gpt(case)
-    ids = random_rows(case)
+    model, ids = random_gpt(case), random_rows(case)
     mask = torch.zeros_like(ids, dtype=torch.bool)
     mask[:, PROMPT:] = True
     with torch.no_grad():
         ref_logp = token_logprob(model, ids, mask).sum(1).view(-1, 2)             # (N, T) -> (B, 2)
-    index = torch.arange(len(ref_logp))
-    optimizer = adamw(model, LR)
+    optimizer = adamw(model.parameters(), LR)
     for _ in turns:
         sums = Sums()
         logp = logprob(model, ids, mask).sum(1).view(-1, 2)                       # (N, T) -> (B, 2)
-        loss = exo_pref_loss(logp, ref_logp, BETA, EPS)
-        (loss * len(index)).backward()
-        sums.add(len(index), loss=loss * len(index))
-        update(optimizer, LR, sums, index, "bench")
-
-
-def language_model_step(case, turns, logprob=token_logprob):
-    """Maximum likelihood on every token but a row's first."""
-    model = random_gpt(case)
-    ids = random_rows(case)
-    mask = torch.ones_like(ids, dtype=torch.bool)
-    mask[:, 0] = False
-    index = torch.arange(case.N)
-    optimizer = adamw(model, LR)
-    for _ in turns:
-        sums = Sums()
-        loss = -logprob(model, ids, mask).sum()
+        loss = exo_pref_loss(logp, ref_logp, BETA, EPS) * len(logp)
         loss.backward()
-        sums.add(case.N * (case.T - 1), loss=loss)
-        update(optimizer, LR, sums, index, "bench")
+        sums.add(len(logp), loss=loss)
+        update([optimizer], LR, sums, "bench")
 
 
 def trl_step(case, turns, precompute=False):
@@ -116,7 +103,7 @@ def trl_step(case, turns, precompute=False):
 
     rows = random_rows(case).tolist()
     pairs = [{"prompt_ids": chosen[:PROMPT], "chosen_ids": chosen[PROMPT:], "rejected_ids": rejected[PROMPT:]}
-             for chosen, rejected in zip(rows[::2], rows[1::2], strict=True)]
+             for chosen, rejected in zip(rows[::2], rows[1::2])]
     dataset = datasets.Dataset.from_list(4 * pairs)       # an epoch is four times the same batch
     words = Tokenizer(models.WordLevel({"<eos>": case.V - 1}, unk_token="<eos>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", pad_token="<eos>")
@@ -126,7 +113,7 @@ def trl_step(case, turns, precompute=False):
         settings = DPOConfig(
             folder, loss_type="exo_pair", beta=BETA, label_smoothing=EPS, precompute_ref_log_probs=precompute,
             per_device_train_batch_size=len(pairs), train_sampling_strategy="sequential", max_steps=10 ** 6,
-            learning_rate=LR, bf16=case.bf16, use_cpu=case.device.type == "cpu", gradient_checkpointing=False,
+            learning_rate=LR, bf16=BF16, use_cpu=DEVICE.type == "cpu", gradient_checkpointing=False,
             logging_strategy="no", save_strategy="no", disable_tqdm=True)
         trainer = TrainerOnIds(model, reference, settings, train_dataset=dataset, processing_class=tokenizer,
                                callbacks=[Turn()])
@@ -141,30 +128,52 @@ def sampling(case, turns):
         generate(model, prompts, case.T - PROMPT, TEMPERATURE)
 
 
-@torch.no_grad()
-def sampling_uncached(case, turns):
-    """nanoGPT's way: for each token the whole row is read again."""
-    model = random_gpt(case)
-    for _ in turns:
-        ids = random_rows(case)[:, :PROMPT]                                       # (N, PROMPT)
-        while ids.shape[1] < case.T:
-            logits = model.head(model.hidden(ids)[:, -1])                         # (N, V)
-            token = torch.multinomial((logits / TEMPERATURE).softmax(-1), 1)      # (N, 1)
-            ids = torch.cat([ids, token], dim=1)                                  # (N, t) -> (N, t+1)
-
-
 def sampling_transformers(case, turns):
-    dtype = torch.bfloat16 if case.bf16 else torch.float32
-    model = transformers_gpt(case).to(case.device, dtype).eval()
+    model = transformers_gpt(case).to(DEVICE, torch.bfloat16 if BF16 else torch.float32).eval()
     prompts = random_rows(case)[:, :PROMPT]                                       # (N, PROMPT)
     for _ in turns:
         model.generate(prompts, attention_mask=torch.ones_like(prompts), do_sample=True, top_k=0,
                        temperature=TEMPERATURE, min_length=case.T, max_length=case.T, pad_token_id=case.V - 1)
 
 
-OURS, ALL_LOGITS, UNCACHED = "this repository", "all logits, as in nanoGPT", "no cache, as in nanoGPT"
-EXO = {OURS: exo_step, ALL_LOGITS: partial(exo_step, logprob=all_logits_logprob),
+EXO = {"this repository": exo_step, "all logits, as in nanoGPT": partial(exo_step, logprob=all_logits_logprob),
        "TRL, live reference": trl_step, "TRL, precomputed reference": partial(trl_step, precompute=True)}
-LANGUAGE_MODEL = {OURS: language_model_step,
-                  ALL_LOGITS: partial(language_model_step, logprob=all_logits_logprob)}
-SAMPLING = {OURS: sampling, UNCACHED: sampling_uncached, "transformers": sampling_transformers}
+SAMPLING = {"this repository": sampling, "transformers": sampling_transformers}
+
+
+# ---- a process of its own for each --------------------------------------------------------------------
+
+def now():
+    """CUDA: wall seconds, all work done.  CPU: this process's CPU seconds, which hold on a busy machine."""
+    if DEVICE.type == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def timed_turns(seconds):
+    """Yields once per turn.  The first warms up; the seconds of three more are appended to `seconds`."""
+    yield
+    while len(seconds) < 3 and sum(seconds) < 15:         # a slow one takes fewer turns
+        start = now()
+        yield
+        seconds.append(now() - start)
+
+
+def take_turns(work, case):
+    """-> (seconds of each turn, peak MiB)"""
+    torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("high" if BF16 else "highest")
+    torch.manual_seed(0)
+    seconds = []
+    work(case, timed_turns(seconds))
+    if DEVICE.type == "cuda":
+        return seconds, torch.cuda.max_memory_allocated() / 2 ** 20
+    status = Path("/proc/self/status").read_text()        # Linux; getrusage counts the parent's too
+    return seconds, int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 2 ** 10
+
+
+def measure(work, case):
+    """take_turns in a new process.  Raises what was raised there, or BrokenProcessPool if it died."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(take_turns, work, case).result()

@@ -1,9 +1,6 @@
-"""What the papers claim of the losses, where it is exact: the bandits of `toy/`, and xpo_loss."""
+"""What the papers claim of the losses, checked where it is exact: the bandits of `toy/`; and xpo_loss."""
 import math
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,22 +10,16 @@ from dpo import dpo_loss, dpo_reward_loss
 from exo import exo_loss, exo_pref_loss
 from toy import bandit as toy
 from toy import xpo_bandit
-from toy.report import mean_ci
 from xpo import xpo_loss
 
 BANDIT = toy.random_bandits()                             # 24 instances of 24 arms
 SMALL = toy.random_bandits(V=6)                           # 24 instances of 6 arms
 EXO, DPO = "EXO-rw", "DPO-rw"
 
-
-@pytest.fixture(scope="module")
-def distance():
-    """From the full softmax fitted by every method to pi*, beta = 0.25.  {name: total variation (24,)}"""
-    optimum = toy.log_optimum(SMALL, 0.25)
-    return {name: toy.tv(logp, optimum) for name, logp in toy.recover(SMALL, Ks=(2, 8)).items()}
+each_reward_loss = pytest.mark.parametrize("loss", [exo_loss, dpo_reward_loss])
 
 
-# ---- the truth itself, Theorem 3.1 ------------------------------------------------------------------------
+# ---- the optimum, Theorems 3.1 to 3.3 ---------------------------------------------------------------------
 
 def test_optimum_has_the_highest_objective():
     optimum = toy.log_optimum(BANDIT, 0.3)
@@ -41,39 +32,42 @@ def test_optimum_has_the_highest_objective():
         assert (gap > 0).all()
 
 
-@pytest.mark.parametrize("beta_r, beta_pi", [(0.5, 1.0), (0.5, 0.5), (0.1, 0.1), (1.0, 0.3)])
+@pytest.mark.parametrize("beta_r, beta_pi", [(0.5, 1.0), (0.5, 0.5), (0.1, 0.1)])
 def test_theorem_3_1_and_eq_11(beta_r, beta_pi):
     """J_gen has the optimum pi*_beta, beta = beta_r beta_pi, and is a reverse KL; at beta_pi = 1 it is J."""
-    result = toy.generalised_objective(toy.random_bandits(B=8), beta_r, beta_pi)
+    bandit = toy.random_bandits(B=8)
+    result = toy.generalised_objective(bandit, beta_r, beta_pi)
     assert result["tv"].max() < 1e-4
     assert result["eq11"].max() < 1e-12
     lowest, highest = (1 - 1e-9, 1 + 1e-9) if beta_pi == 1 else (0.8, 0.999)
     assert lowest < result["cosine"].min() and result["cosine"].max() < highest
+    logits = toy.near_reference(bandit).requires_grad_()
+    J_gen = toy.general_objective(bandit, toy.softmax_policy(logits), beta_r, beta_pi)
+    limit = toy.limit_gradients(bandit, logits, beta_r, beta_pi)[EXO]           # the reverse KL's gradient
+    torch.testing.assert_close(limit, toy.grad(-J_gen / beta_r, logits))
 
-
-# ---- Theorems 3.2 and 3.3 ---------------------------------------------------------------------------------
 
 def test_gradients_against_K():
-    """EXO's expected gradient nears RL's like 1/K, in every instance; DPO-rw's nears the forward KL's."""
-    study = toy.gradient_study(BANDIT, beta_r=0.1, beta_pi=0.1, Ks=(2, 4, 16, 64, 256, 1024))
-    for K in (2, 4, 16, 64, 256, 1024):
+    """EXO's expected gradient approaches RL's like 1/K, in every instance; DPO-rw's the forward KL's."""
+    Ks = (2, 16, 256, 1024)
+    study = toy.gradient_study(BANDIT, beta_r=0.1, beta_pi=0.1, Ks=Ks, G=2048)
+    for K in Ks:
         bias = K * study[EXO, K]["bias"]
         assert 0.9 <= bias.min() and bias.max() <= 1.15
-        assert study[EXO, K]["cos_rl"].min() > 0.99       # so that the bias is one of scale
-    noise = torch.stack([study[EXO, K]["sd"] * K ** 0.5 for K in (64, 256, 1024)])        # (3, B)
-    assert noise.std(0).max() < 0.2                       # K responses cost what K draws cost
+        assert study[EXO, K]["cos_rl"].min() > 0.99       # so the bias is one of scale
+    noise = torch.stack([study[EXO, K]["sd"] * K ** 0.5 for K in Ks[1:]])       # (3, B)
+    assert noise.std(0).max() < 0.2                       # it falls like 1 / sqrt(K)
 
     assert study[DPO, 2]["cos_rl"].min() >= 0.85          # at K = 2 DPO-rw points where RL does
     assert study[DPO, 2]["cos_limit"].median() < 0.5
-    assert study[DPO, 256]["cos_rl"].median() <= 0.5      # by K = 256 no more
-    assert study[DPO, 256]["cos_rl"].max() < 0.85
+    assert study[DPO, 256]["cos_rl"].median() <= 0.5      # by K = 256 it no longer does
     assert study[DPO, 1024]["cos_limit"].min() > 0.99
     assert study[DPO, 1024]["bias"].max() < 0.02
 
 
 @pytest.mark.parametrize("method", [EXO, DPO])
 def test_gradient_study_at_K_2_is_the_enumeration(method):
-    """The estimate behind the test above, against the exact expectation over all V * V groups."""
+    """The estimate behind the test above, next to the exact expectation over all V * V groups."""
     pairs = torch.cartesian_prod(torch.arange(24), torch.arange(24)).expand(24, -1, -1)   # (B, V * V, 2)
     logits = toy.near_reference(BANDIT).requires_grad_()
     columns = [toy.take(values, pairs) for values in (logits.log_softmax(-1), BANDIT.ref_logp, BANDIT.reward)]
@@ -81,20 +75,13 @@ def test_gradient_study_at_K_2_is_the_enumeration(method):
     weight = toy.take(BANDIT.ref_logp, pairs).sum(-1).exp()
     limit = toy.limit_gradients(BANDIT, logits.detach(), 0.1, 0.1)[method]
     bias = (toy.grad(weight * loss, logits) - limit).norm(dim=-1) / limit.norm(dim=-1)
-    study = toy.gradient_study(BANDIT, Ks=(2,))
+    study = toy.gradient_study(BANDIT, Ks=(2,), G=2048)
     torch.testing.assert_close(study[method, 2]["bias"], bias, atol=0.03, rtol=0)
 
 
-def test_rl_gradient_is_that_of_the_generalised_objective():
-    logits = toy.near_reference(BANDIT).requires_grad_()
-    J_gen = toy.general_objective(BANDIT, toy.softmax_policy(logits), 0.1, 0.5)
-    limit = toy.limit_gradients(BANDIT, logits, 0.1, 0.5)[EXO]
-    torch.testing.assert_close(limit, toy.grad(-J_gen / 0.1, logits))
-
-
-@pytest.mark.parametrize("loss", [exo_loss, dpo_reward_loss])
+@each_reward_loss
 def test_equal_candidates_may_be_merged(loss):
-    """What makes K = 1024 cheap: c equal candidates are one with log c more in both softmaxes."""
+    """What makes K = 1024 cheap: c equal candidates act as one with log c added in both softmaxes."""
     groups = toy.sample_groups(BANDIT, 1, 8)              # (B, 1, 8)
     counts = F.one_hot(groups, 24).sum(2).double()        # (B, 1, V)
     logits = toy.near_reference(BANDIT).requires_grad_()
@@ -103,58 +90,67 @@ def test_equal_candidates_may_be_merged(loss):
     torch.testing.assert_close(merged[:, 0], toy.grad(24 * value, logits))
 
 
-# ---- what recovers pi*, and what does not -----------------------------------------------------------------
+# ---- which losses recover pi* -----------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name", ["reverse KL", "forward KL", "policy gradient on J", "EXO-rw, K = 2",
-                                  "EXO-rw, K = 8", "DPO-rw, K = 2", "DPO-rw, K = 8", "DPO-pref, bt labels",
-                                  "XPO, alpha/beta = 0"])
-def test_what_recovers_the_optimum(distance, name):
-    assert distance[name].max() <= 1e-3
-
-
-@pytest.mark.parametrize("name, median, tolerance", [
-    ("EXO-pref, bt labels", 0.172, 0.01), ("DPO-pref, argmax labels", 0.228, 0.01),
-    ("EXO-pref, argmax labels", 0.228, 0.01), ("XPO, alpha/beta = 0.001", 3.8e-3, 5e-4),
-    ("XPO, alpha/beta = 0.003", 1.22e-2, 1e-3)])
-def test_what_does_not(distance, name, median, tolerance):
-    """By how much in the median, and by at least something in every instance."""
-    assert distance[name].quantile(0.5).item() == pytest.approx(median, abs=tolerance)
-    assert distance[name].min() > 3e-4
-
-
-def test_argmax_labels_lead_to_the_best_arm_alone(distance):
-    best = SMALL.reward.argmax(-1, keepdim=True)
-    other_arms = 1 - toy.log_optimum(SMALL, 0.25).exp().gather(1, best)[:, 0]   # (B,)
-    for name in ("DPO-pref, argmax labels", "EXO-pref, argmax labels"):
-        torch.testing.assert_close(distance[name], other_arms, atol=1e-3, rtol=0)
-
-
-def test_the_error_of_exo_pref_is_mostly_one_of_temperature(distance):
-    rescaled = distance["EXO-pref, best beta_pi"]
-    assert rescaled.max() < 0.01 and rescaled.min() > 4e-4      # mostly, but not only
+def test_what_recovers_the_optimum_and_what_does_not():
+    """The total variation from each loss's minimiser to pi*, beta = 0.25, in 24 instances."""
+    optimum = toy.log_optimum(SMALL, 0.25)
+    fits = toy.recover(SMALL, Ks=(2, 8), alphas=(0.001, 0.003))
+    distance = {name: toy.tv(logp, optimum) for name, logp in fits.items()}
+    medians = {"EXO-pref, bt labels": 0.172, "EXO-pref, best beta_pi": 0.0015,
+               "DPO-pref, argmax labels": 0.228, "EXO-pref, argmax labels": 0.228,
+               "XPO, alpha/beta = 0.001": 0.0038, "XPO, alpha/beta = 0.003": 0.0122}
+    for name, median in medians.items():
+        missed = distance.pop(name)
+        assert missed.quantile(0.5).item() == pytest.approx(median, rel=0.1) and missed.min() > 3e-4, name
+        if "argmax" in name:                              # it ends on the best arm alone
+            off_best = 1 - optimum.exp().gather(1, SMALL.reward.argmax(-1, keepdim=True))[:, 0]     # (B,)
+            torch.testing.assert_close(missed, off_best, atol=1e-3, rtol=0)
+    assert max(tv.max() for tv in distance.values()) < 1e-4             # the other losses recover it
 
 
 def test_margin_of_a_single_pair():
-    """EXO-pref's population minimiser is (2p - 1) log((1 - eps) / eps), DPO's is logit(p) = r_w - r_l."""
+    """EXO-pref's minimiser over both labels is (2p - 1) log((1 - eps) / eps), DPO's logit(p) = r_w - r_l."""
     p = 1 / (1 + math.exp(-1))                            # that the first arm wins
     bandit = toy.Bandit(torch.full((1, 2), 0.5).double().log(), torch.tensor([[1.0, 0.0]]).double())
-    exo_margin = (2 * p - 1) * math.log(999)
-    for loss, settings, margin in ((exo_pref_loss, {"beta_pi": 0.5, "eps": 1e-3}, exo_margin),
-                                   (dpo_loss, {"beta": 0.5}, 1.0)):
+    exo = (exo_pref_loss, {"beta_pi": 0.5, "eps": 1e-3}, (2 * p - 1) * math.log(999))
+    dpo = (dpo_loss, {"beta": 0.5}, 1.0)
+    for loss, settings, margin in (exo, dpo):
         expected = partial(toy.pair_loss, loss, bandit, labels="bt", **settings)
         logp = toy.fit(expected, bandit.ref_logp)
         assert 0.5 * (logp[0, 0] - logp[0, 1]).item() == pytest.approx(margin, abs=1e-5)
 
 
-def test_too_large_a_bonus_has_no_floor():
-    """Without a box on the reward XPO's objective falls for ever towards the arm that pi_sft draws least."""
-    rarest = F.one_hot(SMALL.ref_logp.argmin(-1), 6)
-    values = []
-    for t in (0, 100, 200, 300):
-        logp = toy.softmax_policy(SMALL.ref_logp + t * rarest)
-        values.append(toy.pair_loss(toy.expected_xpo_loss, SMALL, logp, "bt", beta=0.25, alpha=0.2 * 0.25))
-    drops = torch.stack(values).diff()
-    assert (drops < -1).all() and drops[2].item() == pytest.approx(drops[1].item(), rel=1e-3)
+# ---- responses of another policy than pi_sft (--rounds) ---------------------------------------------------
+
+@pytest.mark.parametrize("K", [2, 4, 8])
+def test_at_its_own_proposal_exo_is_rloo(K):
+    """dL/dlogp = (K - 1) beta_pi / (K beta_r) times the gradient of leave-one-out REINFORCE."""
+    beta_r, beta_pi = 0.7, 0.4
+    logp, R = torch.randn(2, 5, K, generator=torch.Generator().manual_seed(K), dtype=torch.float64)
+    logp.requires_grad_()
+    exo = torch.autograd.grad(exo_loss(logp, logp.detach(), R, beta_r, beta_pi), logp)[0]
+    others = (R.sum(1, keepdim=True) - R) / (K - 1)       # (B, K) the mean of the others
+    rloo = torch.autograd.grad(-((R - others) * logp).mean(1).mean(), logp)[0]
+    torch.testing.assert_close(exo, (K - 1) * beta_pi / (K * beta_r) * rloo, rtol=1e-9, atol=1e-12)
+
+
+@each_reward_loss
+@pytest.mark.parametrize("K", [2, 8])
+def test_whoever_drew_the_responses_the_minimiser_is_the_optimum(loss, K):
+    """With q as the loss's reference and R = r - beta (log q - log pi_sft); with r alone it is another."""
+    bandit = toy.random_bandits(B=6, V=6)
+    logq = toy.softmax_policy(toy.near_reference(bandit, spread=1.0, seed=3))   # (B, V) far from pi_sft
+
+    def minimiser(reward):
+        from_q = toy.Bandit(logq, reward)
+        groups = toy.sample_groups(from_q, 256, K)
+        return toy.fit(partial(toy.reward_loss, loss, from_q, groups=groups, beta_r=0.5, beta_pi=0.5), logq)
+
+    optimum = toy.log_optimum(bandit, 0.25)
+    paid = bandit.reward - 0.25 * (logq - bandit.ref_logp)
+    assert toy.tv(minimiser(paid), optimum).max() < 1e-4
+    assert toy.tv(minimiser(bandit.reward), optimum).mean() > 0.15
 
 
 # ---- a policy that cannot represent pi* -------------------------------------------------------------------
@@ -169,7 +165,7 @@ def test_reverse_kl_seeks_the_mode_and_forward_kl_the_mean():
     assert toy.masses(fits["EXO-rw, K = 32"][0][0])[0] >= 0.99                  # follows the reverse KL
     assert toy.masses(fits["EXO-rw, K = 2"][0][0])[0] <= 0.4                    # at K = 2 it covers both
     for name in ("forward KL", "DPO-rw, K = 2", "DPO-rw, K = 32"):
-        assert toy.masses(fits[name][0][0])[2] >= 0.35    # between and beyond the modes
+        assert toy.masses(fits[name][0][0])[2] >= 0.35    # between the modes and outside them
 
 
 def test_ablation_of_the_two_betas():
@@ -184,7 +180,7 @@ def test_ablation_of_the_two_betas():
         for name in ("reward", "kl"):                     # lowering either raises both, on average
             means = torch.stack([result[which, value, family][name].mean() for value in values])
             assert (means.diff() < 0).all(), (which, family, name)
-    assert result["beta_pi", 1.0, "unimodal"]["lost"].max() == 0                # beta_pi = 1 is J_beta itself
+    assert result["beta_pi", 1.0, "unimodal"]["lost"].max() == 0
     low_r, low_pi = result["beta_r", 0.1, "unimodal"], result["beta_pi", 0.1, "unimodal"]
     assert low_pi["lost"].mean() > 10 * low_r["lost"].mean()                    # at the same beta = 0.05
 
@@ -193,16 +189,14 @@ def test_ablation_of_the_two_betas():
 
 def test_lower_bound():
     """Prop 2.1: online DPO waits for about 1 / pi_sft(a) rounds, XPO for one; a small bonus may lose a."""
-    waits = {beta: xpo_bandit.two_arms(beta, 0.0, rounds=1500)[0].median().item() for beta in (0.05, 0.03)}
+    waits = {beta: xpo_bandit.two_arms(beta, 0.0)[0].median().item() for beta in (0.05, 0.03)}
     assert waits[0.03] > 3 * waits[0.05]
     for beta, wait in waits.items():
         assert 0.3 < wait * math.exp(-1 / (8 * beta)) < 1.5                     # in units of 1 / pi_sft(a)
-        reached, gap = xpo_bandit.two_arms(beta, beta)
-        assert (reached == 1).double().mean() > 0.9       # the others: a drawn at once, and lost by its label
-        assert gap.max() < 0.01
-        reached, gap = xpo_bandit.two_arms(beta, 1e-4 * beta)
-        assert (reached == 1).double().mean() > 0.9
-        assert gap.mean() > 0.015
+        for alpha in (beta, 1e-4 * beta):
+            reached, gap = xpo_bandit.two_arms(beta, alpha)
+            assert (reached == 1).double().mean() > 0.9   # in the other runs a was drawn at once, but lost
+            assert gap.max() < 0.01 if alpha == beta else gap.mean() > 0.015
 
 
 def test_argmin_on_a_grid_agrees_with_adam():
@@ -210,11 +204,9 @@ def test_argmin_on_a_grid_agrees_with_adam():
     ref_logp, chosen = torch.tensor([0.1, 0.9]).log(), torch.tensor([0] * 6 + [1] * 4)
     pairs = {"run": torch.zeros(10).long(), "chosen": chosen, "rejected": 1 - chosen, "explore": 1 - chosen}
     history = xpo_bandit.merge(pairs, 2, 10)
-    assert history["weight"].tolist() == pytest.approx([0.6, 0.4])
-    start = torch.full((1, 2), 0.5)
-    r, loss = xpo_bandit.argmin(history, start, ref_logp, 0.3, torch.tensor([0.03]), R_max=1.0)
-    d = torch.linspace(-1, 1, 4001)
-    logp = (ref_logp + torch.stack([d, -d], 1) / 0.6).log_softmax(-1)           # (4001, 2)
+    r, loss = xpo_bandit.argmin(history, torch.ones(1, 2), ref_logp, 0.3, torch.tensor([0.03]), R_max=1.0)
+    d = torch.linspace(-1, 1, 401)
+    logp = (ref_logp + torch.stack([d, -d], 1) / 0.6).log_softmax(-1)           # (401, 2)
     arms = torch.stack([chosen, 1 - chosen], 1)           # (10, 2)
     grid = [xpo_loss(row[arms], ref_logp[arms], row[1 - chosen], beta=0.3, alpha=0.03) for row in logp]
     lowest, place = torch.stack(grid).min(0)
@@ -222,63 +214,34 @@ def test_argmin_on_a_grid_agrees_with_adam():
     assert (r[0, 0] - r[0, 1]).item() == pytest.approx(d[place].item(), abs=5e-3)
 
 
-def excess(result, seed=None, **settings):
-    """What another search wins over `explore`'s last: from where it ended, or from random rewards."""
-    start = result["solution"]
-    if seed is not None:
-        start = 3 * torch.rand(start.shape, generator=torch.Generator().manual_seed(seed))
+def won_by_searching_again(result, seed, **settings):
+    """How much lower a search from random rewards ends than `explore`'s last one.  -> (S,)"""
+    start = 3 * torch.rand(result["solution"].shape, generator=torch.Generator().manual_seed(seed))
     _, loss = xpo_bandit.argmin(**result["problem"] | {"start": start}, **settings)
     return result["loss"] - loss
 
 
 def test_argmin_stays_in_the_box_and_out_of_poor_local_minima():
-    """At a large bonus, where the objective has many minima: random starts end nowhere much lower."""
-    result = xpo_bandit.explore(xpo_bandit.twelve_arms(), (0.4,), rounds=1, seeds=64)
-    assert result["solution"].min() == 0 and result["solution"].max() == 3      # as far as the box lets it
-    for seed in range(3):
-        assert excess(result, seed).quantile(0.9) < 0.01
-
-
-def separated(low, high):
-    """Whether one 95% interval lies wholly below the other."""
-    low_mean, low_half = mean_ci(low)
-    high_mean, high_half = mean_ci(high)
-    return bool(low_mean + low_half < high_mean - high_half)
+    """With a large bonus, where the objective has many minima, random starts end nowhere much lower."""
+    result = xpo_bandit.explore(xpo_bandit.twelve_arms(), (0.4,), rounds=1, seeds=32)
+    assert result["solution"].min() == 0 and result["solution"].max() == 3      # the box's two ends
+    for seed in range(2):
+        assert won_by_searching_again(result, seed).quantile(0.9) < 0.01
 
 
 @pytest.mark.slow
 def test_the_bonus_finds_the_rare_arm_and_too_much_of_it_harms():
-    result = xpo_bandit.explore(xpo_bandit.twelve_arms(), (0.0, 0.01, 0.1))
-    online_dpo, xpo, too_much = result["gap"]
-    assert xpo.mean() < 0.11 and online_dpo.mean() > 0.27 and separated(xpo, online_dpo)
+    """The gap J(pi*) - J(pi) after 12 rounds, mean of 256 runs: online DPO, a good bonus, too large a one."""
+    rare = xpo_bandit.twelve_arms()
+    result = xpo_bandit.explore(rare, (0.0, 0.01, 0.1))
+    online_dpo, xpo, too_much = result["gap"].mean(1)
+    start = toy.suboptimality(rare, rare.ref_logp, 0.15)  # pi_sft's own gap
+    assert xpo < 0.11 and 0.27 < online_dpo < start < too_much
     assert result["drew"][0].mean() < 0.5 and result["drew"][1].mean() > 0.95
-    assert separated(online_dpo, too_much)
-    for seed in (None, 0):                                # the argmin is one: a longer search ends no lower
-        won = excess(result, seed, steps=400)
-        assert won.mean() < 1e-3 and won.quantile(0.95) < 5e-3
-
-
-@pytest.mark.slow
-def test_control_where_the_reference_covers_the_best_arm():
-    online_dpo, xpo = xpo_bandit.explore(xpo_bandit.twelve_arms(rare=0.011), (0.0, 0.003))["gap"]
-    assert not separated(xpo, online_dpo) and not separated(online_dpo, xpo)
-    assert online_dpo.mean() < 0.08 and xpo.mean() < 0.08
-
-
-def test_the_bonus_beats_online_dpo():
-    """The first slow test above in small: fewer rounds, 128 seeds."""
-    online_dpo, xpo = xpo_bandit.explore(xpo_bandit.twelve_arms(), (0.0, 0.003), rounds=8, seeds=128)["gap"]
-    assert separated(xpo, online_dpo) and xpo.mean() < 0.6 * online_dpo.mean()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("command, last_line", [
-    (["toy.bandit", "--out", "figures"], "beta_pi = 2.0  unimodal"), (["toy.xpo_bandit"], "alpha/beta 0.1 ")])
-def test_the_commands_print_every_table(tmp_path, monkeypatch, command, last_line):
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
-    done = subprocess.run([sys.executable, "-m", *command], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.splitlines()[-1].startswith(last_line), done.stderr
-    assert ("--out" in command) == (tmp_path / "figures" / "reverse_vs_forward_kl.png").exists()
+    won = won_by_searching_again(result, seed=0, steps=400)
+    assert won.mean() < 1e-3 and won.quantile(0.95) < 5e-3        # it was the argmin
+    covered = xpo_bandit.twelve_arms(rare=0.011)          # here pi_sft draws the best arm often
+    assert xpo_bandit.explore(covered, (0.0, 0.003))["gap"].mean(1).max() < 0.08
 
 
 # ---- xpo_loss ---------------------------------------------------------------------------------------------
@@ -300,9 +263,8 @@ def test_bonus_pushes_away_from_the_reference_sample():
 
 
 @pytest.mark.parametrize("explore, alpha, words", [
-    (LOGP[:, 0], -1e-3, "alpha must be finite and not negative"), (LOGP[:, 0], math.inf, "alpha must be"),
-    (LOGP[:, 0], math.nan, "alpha must be"), (LOGP, 0.1, "explore_logp must have a number for each pair"),
-    (LOGP[:4, 0], 0.1, "explore_logp must have"), (LOGP[0, 0], 0.1, "explore_logp must have")])
+    (LOGP[:, 0], -1e-3, "alpha must be finite and not negative"), (LOGP[:, 0], math.nan, "alpha must be"),
+    (LOGP, 0.1, "explore_logp must have a number for each pair")])
 def test_xpo_loss_refuses(explore, alpha, words):
     with pytest.raises(ValueError, match=words):
         xpo_loss(LOGP, REF_LOGP, explore, alpha=alpha)

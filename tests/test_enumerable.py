@@ -8,13 +8,12 @@ import torch
 import stages
 import train
 import xpo
-from checkpoint import resumable, write_tensors
-from compute import adamw
 from dpo import dpo_loss
-from evaluate import limit_at, sequence_kl
+from evaluate import optimum, sequence_kl
+from loop import adamw, resumable, write_tensors
 from model import sequence_logprob
-from run import Run
 from settings import Config
+from stages import PAIR, Run
 
 BETA = 1.0
 
@@ -28,7 +27,7 @@ def test_every_response_is_there_once():
     assert len(everything) == len(lm.IDS) and sampled <= everything
 
 
-# ---- KL -----------------------------------------------------------------------------------------------
+# ---- KL and the limit ---------------------------------------------------------------------------------
 
 @torch.no_grad()
 def exact_kl(pi, temperature):
@@ -54,8 +53,6 @@ def test_both_kl_estimators_are_unbiased_and_the_full_one_varies_less(temperatur
     assert (variance < 0.5 * plain_variance).all()
 
 
-# ---- the limit ----------------------------------------------------------------------------------------
-
 @torch.no_grad()
 def test_the_sampled_limit_is_the_exact_one():
     """16 blocks of 1,024 responses of pi_sft to each prompt, for the standard errors."""
@@ -66,7 +63,7 @@ def test_the_sampled_limit_is_the_exact_one():
     for beta in (4.0, 2.0, 1.0):
         log_best, best_J = lm.optimum(ref_logp, beta)
         best_reward, best_kl, _ = lm.evaluate(log_best, ref_logp)
-        estimates = [torch.tensor(column).view(-1, blocks) for column in limit_at(reward, beta)]
+        estimates = [torch.tensor(column).view(-1, blocks) for column in optimum(reward, beta)]
         bias = (1 / (2 * estimates.pop(2))).mean(1)                  # (P,) of log Z: 1 / (2 ESS)
         assert bias.max() < 0.03
         exact = (best_reward, best_kl, best_J / beta)                # (P,) each
@@ -81,30 +78,35 @@ class BrokenOff(Exception):
     pass
 
 
-class Practice:
-    """In place of train.Training: from the enumerable pi_sft, without evaluation, every step's means kept."""
+class Means:
+    """In place of a Log: every step's means kept, and the loop may break off."""
 
-    def __init__(self, run, method, K=None, rounds=1, broken_off_at=None):
-        self.run, self.method, self.feedback, self.seed = run, method, "reward", 0
-        self.K, self.rounds = K, rounds
-        self.policy, self.ref, self.judge = lm.policy(), lm.policy(), lm.reward_of
-        self.optimizer = adamw(self.policy, run.cfg.align_lr)
-        self.broken_off_at = broken_off_at
-        self.means = {}
+    def __init__(self, broken_off_at):
+        self.rows, self.broken_off_at = [], broken_off_at
 
-    def steps(self, total, **state):
-        self.kept = state
-        state = state | {"policy": self.policy, "optimizer": self.optimizer}
-        yield from resumable(self.run.folder, state, total, self.run.cfg.save_every, "practice")
-
-    def record(self, step, means, tokens, bar):
-        self.means[step] = means
+    def write(self, step, **row):
+        self.rows.append(row | {"step": step})
         if step == self.broken_off_at:
             raise BrokenOff
 
 
+class Practice:
+    """In place of train.Alignment: from the enumerable pi_sft, without evaluation."""
+
+    def __init__(self, run, method, broken_off_at=None):
+        self.run, self.method, self.seed, self.rewarded_by = run, method, 0, None
+        self.policy, self.ref = lm.policy(), lm.policy()
+        self.optimizer = adamw(self.policy.parameters(), run.cfg.align_lr)
+        self.metrics = Means(broken_off_at)
+        train.align_by_comparison(run, self)
+
+    def steps(self, total, **kept):
+        self.kept = kept
+        yield from resumable(self.run.folder, kept | {"policy": self.policy, "optimizer": self.optimizer}, total, "")
+
+
 def responses(each, seed=0, temperature=1.0):
-    """What the responses stage keeps: `each` responses of pi_sft to every prompt, scored."""
+    """What the stage `responses` keeps: `each` responses of pi_sft to every prompt, scored."""
     ids, mask = lm.sample(lm.policy(), each, seed, temperature)
     with torch.no_grad():
         ref_logp = sequence_logprob(lm.policy(), ids, mask, temperature)
@@ -115,9 +117,9 @@ def responses(each, seed=0, temperature=1.0):
 def start_run(tmp_path, monkeypatch):
     """start_run(n, settings): a run with every prompt n times, its responses and a perfect reward model."""
     def start(n, name="run", **settings):
-        cfg = Config(run=tmp_path / name, prompts=3 * n, prompt_tokens=1, new_tokens=lm.NEW, **settings)
-        run = Run(cfg, torch.device("cpu"), bf16=False)
-        run.eos_id = lm.EOS
+        run = Run(Config(run=tmp_path / name, prompts=3 * n, prompt_tokens=1, new_tokens=lm.NEW, device="cpu",
+                         **settings))
+        run.eos_id, cfg = lm.EOS, run.cfg
         sampled = {}
         for column, values in responses(n * cfg.responses).items():
             sampled[column] = values.view(cfg.prompts, cfg.responses, *values.shape[1:])
@@ -125,62 +127,57 @@ def start_run(tmp_path, monkeypatch):
         write_tensors(run.folder / "rewards.safetensors", {"reward": sampled["reward"]})
         return run
 
-    monkeypatch.setattr(stages, "responses", lambda run: run.folder)
-    monkeypatch.setattr(stages, "all_responses", lambda run: [run.folder])
-    monkeypatch.setattr(stages, "reward_model", lambda run: run.folder)
+    for stage in ("responses", "reward_model", "labeller"):
+        monkeypatch.setattr(stages, stage, lambda run: run.folder)
     monkeypatch.setattr(stages, "reward_function", lambda run, folder: lm.reward_of)
-    monkeypatch.setattr(Run, "train_prompts", lambda run: lm.PROMPTS.tolist() * (run.cfg.prompts // 3))
+    monkeypatch.setattr(Run, "prompts", lambda run, split, n: lm.PROMPTS.tolist() * (n // 3))
     return start
 
 
-@pytest.mark.parametrize("method", ["exo", "dpo"])
+@pytest.mark.parametrize("method", ["exo-rw", "dpo-rw"])
 def test_exo_and_dpo_from_rewards_reach_the_optimum(method, start_run):
     """Within 5% of J* - J(pi_sft), at pi*'s KL within 10%; beta_pi beta_r = beta, and neither is 1."""
-    run = start_run(1000, align_steps=100, align_batch=32, align_lr=8e-3, beta_pi=0.5, beta_r=2.0)
-    training = Practice(run, method, K=8)
-    train.train_exo_dpo(run, training)
-    gain, kl = lm.reached(training.policy, BETA)
+    run = start_run(1000, align_steps=100, align_batch=32, align_lr=8e-3, beta_pi=0.5, beta_r=2.0, responses=8,
+                    num_candidates=8)
+    gain, kl = lm.reached(Practice(run, method).policy, BETA)
     assert gain >= 0.95 and abs(kl - 1) <= 0.1
 
 
-ROUNDS = dict(responses=4, align_batch=24, align_lr=3e-3, beta_pi=0.5, beta_r=1.0)
+ROUNDS = dict(align_batch=24, align_lr=3e-3, beta_pi=0.5, beta_r=1.0)
 
 
-@pytest.mark.parametrize("method", ["exo", pytest.param("dpo", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", ["exo-rw", pytest.param("dpo-rw", marks=pytest.mark.slow)])
 def test_rounds_reach_the_optimum_from_ppos_number_of_responses(method, start_run):
-    """60 rounds of 96 responses: as near as the test of PPO asks of its 60 iterations of 96."""
-    run = start_run(480, align_steps=480, **ROUNDS)
-    training = Practice(run, method, K=4, rounds=60)
-    train.train_exo_dpo(run, training)
-    gain, kl = lm.reached(training.policy, 0.5)
+    """60 rounds of 96 responses: as near as the test of PPO asks of its 40 iterations of 144."""
+    run = start_run(480, align_steps=480, rounds=60, **ROUNDS)
+    gain, kl = lm.reached(Practice(run, method).policy, 0.5)
     assert gain >= 0.95 and abs(kl - 1) <= 0.2
 
 
-def test_rounds_go_on_where_they_broke_off(start_run):
-    """In the middle of a round: on that round's responses, to the same bits."""
-    def trained(name, broken_off_at=None):
-        run = start_run(16, name, align_steps=24, save_every=5, **ROUNDS)
-        training = Practice(run, "exo", K=4, rounds=3, broken_off_at=broken_off_at)
-        train.train_exo_dpo(run, training)
-        return training
-
-    undisturbed = trained("undisturbed")
+@pytest.mark.parametrize("method, settings, first", [
+    ("exo-rw", dict(align_steps=24, rounds=3, **ROUNDS), 14),        # rounds begin at 0, 8, 16
+    ("xpo", dict(xpo_rounds=3, xpo_prompts=24, align_batch=16, align_lr=3e-3), 14)])     # at 0, 3, 9
+def test_rounds_go_on_where_they_broke_off_bit_for_bit(start_run, method, settings, first):
+    """In the middle of a round: on that round's responses, for XPO on the whole history."""
+    undisturbed = Practice(start_run(16, "undisturbed", **settings), method)
     with pytest.raises(BrokenOff):
-        trained("broken off", broken_off_at=13)           # rounds begin at 0, 8, 16
-    rest = trained("broken off")
-    assert min(rest.means) == 10
+        Practice(start_run(16, "broken off", **settings), method, broken_off_at=first)
+    rest = Practice(start_run(16, "broken off", **settings), method)
+    assert rest.metrics.rows[0]["step"] == first
     assert torch.equal(lm.weights(rest.policy), lm.weights(undisturbed.policy))
+    for name, column in undisturbed.kept["compared"].items():
+        assert torch.equal(rest.kept["compared"][name], column)
 
 
 def test_a_round_is_the_policys_own_responses_with_the_kl_paid(start_run):
-    run = start_run(100, align_steps=10, **ROUNDS)
-    training = Practice(run, "exo", K=4, rounds=2)
-    training.policy = lm.moved_policy()
-    new = train.drawn_from_policy(run, training)(1)
+    run = start_run(100, align_steps=10, rounds=2, **ROUNDS)
+    alignment = type("Alignment", (), {"method": "exo-rw", "seed": 0, "rewarded_by": None})
+    alignment.policy, alignment.ref = lm.moved_policy(), lm.policy()
+    new = train.candidates(run, alignment, 1)
     ids, mask = new["ids"].flatten(0, 1).long(), new["mask"].flatten(0, 1)               # (n K, T)
     with torch.no_grad():
-        logq = sequence_logprob(training.policy, ids, mask)                              # (n K,)
-        ref_logp = sequence_logprob(training.ref, ids, mask)                             # (n K,)
+        logq = sequence_logprob(alignment.policy, ids, mask)                             # (n K,)
+        ref_logp = sequence_logprob(alignment.ref, ids, mask)                            # (n K,)
     assert len(new["ids"]) == run.cfg.prompts // 2
     torch.testing.assert_close(new["ref_logp"].flatten(), logq, atol=1e-4, rtol=1e-4)
     paid = lm.reward_of(ids, mask) - 0.5 * (logq - ref_logp)
@@ -193,98 +190,52 @@ def test_xpo_and_online_dpo_come_near_the_optimum(alpha, start_run):
     """Within 10% of J* - J(pi_sft), from 12,000 Bradley-Terry labels and nothing else."""
     run = start_run(4000, responses=2, xpo_rounds=4, xpo_prompts=3000, xpo_epochs=2, align_batch=128,
                     align_lr=3e-3, beta_pi=BETA, alpha=alpha)
-    training = Practice(run, "xpo")
-    train.train_xpo(run, training)
-    assert len(training.kept["history"]) == 12_000 and len(training.kept["closed"]) == 0
-    assert lm.reached(training.policy, BETA)[0] >= 0.9
+    practice = Practice(run, "xpo")
+    assert len(practice.kept["compared"]["reward"]) == 12_000
+    assert lm.reached(practice.policy, BETA)[0] >= 0.9
 
 
 # ---- XPO ----------------------------------------------------------------------------------------------
 
-@pytest.fixture
-def short_xpo(start_run):
-    """short_xpo(name of the run, settings) -> a Practice, trained on rounds of 24 pairs."""
-    def trained(name, broken_off_at=None, **settings):
-        usual = dict(responses=2, xpo_rounds=2, xpo_prompts=24, xpo_epochs=2, align_batch=16, align_lr=3e-3,
-                     beta_pi=0.5)
-        run = start_run(16, name, **usual | settings)
-        training = Practice(run, "xpo", broken_off_at=broken_off_at)
-        train.train_xpo(run, training)
-        return training
-
-    return trained
+SHORT = dict(responses=2, xpo_rounds=2, xpo_prompts=24, xpo_epochs=2, align_batch=16, align_lr=3e-3)
 
 
-def test_alpha_zero_is_dpo_through_the_whole_training(short_xpo, monkeypatch):
+def test_alpha_zero_is_dpo_through_the_whole_training(start_run, monkeypatch):
     def without_bonus(logp, ref_logp, explore_logp, beta, alpha):
         return dpo_loss(logp, ref_logp, beta)
 
-    alpha_zero = short_xpo("alpha zero", alpha=0.0)
-    xpo_trained = short_xpo("xpo", alpha=0.1)
+    alpha_zero, with_bonus = (Practice(start_run(16, f"{alpha}", alpha=alpha, **SHORT), "xpo") for alpha in (0.0, 0.1))
     monkeypatch.setattr(xpo, "xpo_loss", without_bonus)
-    dpo = short_xpo("dpo", alpha=0.1)
+    dpo = Practice(start_run(16, "dpo", alpha=0.1, **SHORT), "xpo")
     assert torch.equal(lm.weights(alpha_zero.policy), lm.weights(dpo.policy))
-    assert alpha_zero.means == dpo.means
-    assert xpo_trained.means[8]["explore_log_ratio"] < dpo.means[8]["explore_log_ratio"] - 0.1
-
-
-def test_the_bonus_is_on_the_responses_of_pi_sft(short_xpo):
-    """At the first step pi = pi_sft: log 2 of every pair, and alpha times the mean log pi_sft(y~)."""
-    training = short_xpo("one step", alpha=0.1, xpo_rounds=1, xpo_epochs=1, align_batch=24)
-    pairs = training.kept["history"].columns
-    theirs = pairs["explore"][:, None]                               # (24, 1)
-    explore_logp = float(pairs["ref_logp"].gather(1, theirs).mean())
-    other_logp = float(pairs["ref_logp"].gather(1, 1 - theirs).mean())
-    assert abs(explore_logp - other_logp) > 0.01
-    assert training.means[0]["explore_logp"] == pytest.approx(explore_logp, abs=1e-4)
-    assert training.means[0]["loss"] == pytest.approx(math.log(2) + 0.1 * explore_logp, abs=1e-4)
-
-
-STEEP = dict(alpha=30.0, beta_pi=8.0, xpo_epochs=8, align_lr=1e-2, save_every=5)
-
-
-def test_a_round_stops_where_pi_sfts_responses_have_fallen_by_the_rewards_range(short_xpo):
-    """The bonus has no floor of its own.  What has stopped stays so until the next round."""
-    training = short_xpo("steep", **STEEP)
-    reward = responses(32)["reward"]
-    floor = -float(reward.max() - reward.min()) / 8.0
-    for means in (list(training.means.values())[:12], list(training.means.values())[12:]):
-        taken = [step for step in means if "explore_log_ratio" in step]
-        assert len(taken) < len(means) and taken == means[:len(taken)]
-        assert taken[-1]["explore_log_ratio"] < floor
-        assert all(step["explore_log_ratio"] >= floor for step in taken[:-1])
-
-
-def test_xpo_goes_on_where_it_broke_off(short_xpo):
-    """In the middle of a round that had stopped early: still stopped, the same pairs, the same end."""
-    undisturbed = short_xpo("undisturbed", xpo_rounds=3, **STEEP)
-    with pytest.raises(BrokenOff):
-        short_xpo("broken off", broken_off_at=33, xpo_rounds=3, **STEEP)     # of 12 + 24 + 36 steps
-    rest = short_xpo("broken off", xpo_rounds=3, **STEEP)
-    assert min(rest.means) == 30 and rest.means[30] == {}
-    assert torch.equal(lm.weights(rest.policy), lm.weights(undisturbed.policy))
-    for name, column in undisturbed.kept["history"].columns.items():
-        assert torch.equal(rest.kept["history"].columns[name], column)
-
-
-def played(winner=None, n=40, temperature=0.8):
-    """A round by a policy away from pi_sft; the higher reward wins, or always the column `winner`.
-
-    -> its pairs, the responses of pi_sft in them
-    """
-    def label(reward):
-        return reward.argmax(1) if winner is None else torch.full((len(reward),), winner)
-
-    sampled = responses(n, 3, temperature)
-    ids, mask = lm.sample(lm.moved_policy(), n, 4, temperature)
+    assert alpha_zero.metrics.rows == dpo.metrics.rows and len(dpo.metrics.rows) == 9
+    compared = dpo.kept["compared"]                                  # the bonus pushes pi_sft's responses down
+    ids, mask = (compared[name][range(48), compared["explore"]] for name in ("ids", "mask"))     # (48, T)
     with torch.no_grad():
-        ref_logp = sequence_logprob(lm.policy(), ids, mask, temperature)
-    fresh = {"ids": ids.int(), "mask": mask, "ref_logp": ref_logp, "reward": lm.reward_of(ids, mask)}
-    return xpo.pairs(fresh, sampled, label), sampled
+        after = [sequence_logprob(each.policy, ids.long(), mask).mean() for each in (with_bonus, dpo)]
+    assert after[0] < after[1] - 0.1
 
 
-def test_a_pair_has_its_winner_first_and_the_references_log_probs():
-    pairs, _ = played()
+def test_the_bonus_is_on_the_responses_of_pi_sft(start_run):
+    """At the first step pi = pi_sft: log 2 of every pair, and alpha times the mean log pi_sft(y~)."""
+    run = start_run(16, alpha=0.1, **SHORT | dict(xpo_rounds=1, xpo_epochs=1, align_batch=24))
+    alignment = type("Alignment", (), {"method": "xpo", "seed": 0, "policy": lm.policy(), "ref": lm.policy()})
+    pairs = train.candidates(run, alignment, 0)
+    explore_logp = pairs["ref_logp"].gather(1, pairs["explore"][:, None]).mean()
+    other_logp = pairs["ref_logp"].gather(1, 1 - pairs["explore"][:, None]).mean()
+    assert abs(explore_logp - other_logp) > 0.01
+    first = Practice(run, "xpo").metrics.rows[0]
+    assert first["loss"] == pytest.approx(math.log(2) + 0.1 * float(explore_logp), abs=1e-4)
+
+
+def played(run, policy):
+    """A round of XPO by this policy, away from pi_sft.  -> its pairs"""
+    alignment = type("Alignment", (), {"method": "xpo", "seed": 0, "policy": policy, "ref": lm.policy()})
+    return train.candidates(run, alignment, 0)
+
+
+def test_a_pair_has_its_winner_first_and_the_references_log_probs(start_run):
+    pairs = played(start_run(40, xpo_prompts=120, labels="argmax", temperature=0.8), lm.moved_policy())
     ids = pairs["ids"].flatten(0, 1).long()                          # (n, 2, T) -> (2 n, T)
     mask = pairs["mask"].flatten(0, 1)                               # (n, 2, T) -> (2 n, T)
     reward = lm.reward_of(ids, mask).view(-1, 2)                     # (2 n,) -> (n, 2)
@@ -294,19 +245,19 @@ def test_a_pair_has_its_winner_first_and_the_references_log_probs():
     torch.testing.assert_close(pairs["ref_logp"], ref_logp, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("winner", [None, 0, 1])
-def test_explore_marks_pi_sfts_response_won_or_lost(winner):
-    pairs, sampled = played(winner)
-    row = torch.arange(len(pairs["explore"]))
-    for name in ("ids", "mask", "ref_logp"):
-        assert torch.equal(pairs[name][row, pairs["explore"]], sampled[name])
-    other = pairs["ids"][row, 1 - pairs["explore"]]                  # (n, T)
-    assert torch.equal(other[:, 0], sampled["ids"][:, 0]) and not torch.equal(other, sampled["ids"])
+def test_explore_marks_pi_sfts_response_won_or_lost(start_run):
+    """Whatever pi_t is, pi_sft draws the same responses: those that the marks of both rounds point at."""
+    rounds = [played(start_run(40, name, xpo_prompts=120), policy)
+              for name, policy in (("a", lm.moved_policy()), ("b", lm.moved_policy(0.2)))]
+    theirs = [pairs["ids"][range(120), pairs["explore"]] for pairs in rounds]            # (n, T) each
+    ours = [pairs["ids"][range(120), 1 - pairs["explore"]] for pairs in rounds]          # (n, T) each
+    assert torch.equal(*theirs) and not torch.equal(*ours)
+    assert all(0.1 < pairs["explore"].float().mean() < 0.9 for pairs in rounds)          # it won and it lost
 
 
-def test_the_other_response_is_the_present_policys():
+def test_the_other_response_is_the_present_policys(start_run):
     """The mean of log pi / pi_sft is the KL on samples of pi, and below 0 on those of pi_sft."""
-    pairs, _ = played(n=400, temperature=1.0)
+    pairs = played(start_run(400, xpo_prompts=1200), lm.moved_policy())
     ids = pairs["ids"].flatten(0, 1).long()                          # (n, 2, T) -> (2 n, T)
     _, h = sequence_kl(lm.moved_policy(), lm.policy(), ids, pairs["mask"].flatten(0, 1), 1.0)
     theirs = pairs["explore"][:, None]                               # (n, 1)
@@ -316,8 +267,13 @@ def test_the_other_response_is_the_present_policys():
     assert h.view(-1, 2).gather(1, theirs).mean() < 0
 
 
+def test_labels_are_drawn_by_the_difference_of_the_rewards(start_run):
+    run = start_run(2)
+    reward = torch.tensor([[1.0, 0.0]]).expand(20_000, 2)
+    won = (stages.winners(run, reward, PAIR, "x") == 0).float().mean()
+    assert abs(won - 1 / (1 + math.exp(-1))) < 4 * math.sqrt(0.2 / 20_000)
+
+
 def test_rounds_make_their_passes_over_all_pairs_so_far():
-    steps = [(t, i) for t, n in enumerate((5, 10, 15)) for i in range(n)]    # 2 passes over 10, 20, 30 pairs
-    assert xpo.schedule(rounds=3, prompts=10, epochs=2, batch_size=4) == steps
-    last_batch_wraps_around = [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)]
-    assert xpo.schedule(rounds=2, prompts=10, epochs=1, batch_size=8) == last_batch_wraps_around
+    assert xpo.schedule(rounds=3, prompts=10, epochs=2, batch_size=4) == [5, 10, 15]     # 2 passes over 10, 20, 30
+    assert xpo.schedule(rounds=2, prompts=10, epochs=1, batch_size=8) == [2, 3]          # the last batch wraps

@@ -1,17 +1,10 @@
 """Statements about the GPT-2 of model.py: the same as transformers', log-probs, exact sampling, files."""
-import copy
-import json
-import weakref
-
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
-import data
 import model
-from checkpoint import read_tensors
-from compute import Muon, UserError
+from loop import UserError, muon, read_json, write_json
 from model import GPT, GPTConfig, ScalarGPT, generate, respond, sample, sequence_logprob, token_logprob
 
 EOS = 12                                            # of the fixture gpt: 13 words, 24 positions
@@ -58,18 +51,9 @@ def test_transformers_opens_our_folder_as_the_same_model(gpt, tmp_path):
     close(theirs.train()(ids).logits, gpt(ids))     # train(): a dropout would show
 
 
-@pytest.mark.parametrize("form", ["model.safetensors", "pytorch_model.bin", "pytorch_model.bin of old"])
-def test_we_open_their_folder_as_the_same_model(tmp_path, form):
+def test_we_open_their_folder_as_the_same_model(tmp_path):
     theirs = their_gpt2()
     theirs.save_pretrained(tmp_path)
-    if form != "model.safetensors":
-        (tmp_path / "model.safetensors").unlink()
-        weights = theirs.transformer.state_dict()   # names without "transformer."
-        if form.endswith("old"):                    # these also hold the head and the causal masks
-            masks = {"transformer.h.0.attn.bias": torch.ones(1, 1, 24, 24).tril(),
-                     "transformer.h.0.attn.masked_bias": torch.tensor(-1e4)}
-            weights = theirs.state_dict() | masks
-        torch.save(weights, tmp_path / "pytorch_model.bin")
     ours = GPT.from_pretrained(tmp_path)
     ids = random_ids(3, 24)
     close(ours(ids), theirs(ids).logits)
@@ -77,73 +61,51 @@ def test_we_open_their_folder_as_the_same_model(tmp_path, form):
     assert torch.equal(generate(ours, ids[:, :4], 20, temperature=1e-4)[0], greedy)
 
 
-def test_a_released_gpt2_is_opened_by_its_name(tmp_path, monkeypatch):
-    ours = GPT(GPTConfig(1, 2, 4, vocab_size=50257, block_size=1024))
-    ours.save_pretrained(tmp_path)
+def test_a_released_gpt2_is_opened_by_its_name(gpt, tmp_path, monkeypatch):
+    gpt.save_pretrained(tmp_path)
+    asked = []
 
-    def fetch(url, path, size, sha256, hint):
-        assert url.endswith("/gpt2/resolve/main/pytorch_model.bin") and (size, sha256) == (123, "its sha256")
-        path.parent.mkdir()
-        torch.save(read_tensors(tmp_path / "model.safetensors")[0], path)
+    def fetch(url, name):
+        asked.append(url)
+        return tmp_path / name.removeprefix("gpt2-large/")
 
-    monkeypatch.setattr(data, "fetch", fetch)
-    monkeypatch.setenv("EXO_CACHE", str(tmp_path))
-    monkeypatch.setitem(model.RELEASED, "gpt2", (1, 2, 4, 123, "its sha256"))
-    again = GPT.from_pretrained("gpt2")
-    assert again.config == ours.config
-    torch.testing.assert_close(again.state_dict(), ours.state_dict(), rtol=0, atol=0)
-
-
-def test_transformers_opens_our_scalar_model_as_the_same_classifier(gpt, tmp_path):
-    from transformers import GPT2ForSequenceClassification
-    scorer = random_scorer(gpt)
-    scorer.save_pretrained(tmp_path)
-    theirs = GPT2ForSequenceClassification.from_pretrained(tmp_path).eval()
-    ids = F.pad(random_ids(4, 9, vocab=12), (0, 3), value=EOS)
-    mask = torch.zeros(4, 12, dtype=torch.bool)
-    mask[:, 2:10] = True                            # up to and including the end-of-text
-    close(scorer(ids, mask), theirs(ids).logits.squeeze(-1))
-
-
-def test_saved_models_are_read_back_bit_for_bit(gpt, tmp_path):
-    scorer = random_scorer(gpt)
-    gpt.save_pretrained(tmp_path / "gpt")
-    scorer.save_pretrained(tmp_path / "scorer")
-    again = GPT.from_pretrained(tmp_path / "gpt")
-    scorer_again = ScalarGPT.from_pretrained(tmp_path / "scorer", EOS)
+    monkeypatch.setattr(model, "fetch", fetch)
+    again = GPT.from_pretrained("gpt2-large")
     assert again.config == gpt.config
-    for ours, read in ((gpt, again), (scorer, scorer_again)):
-        torch.testing.assert_close(read.state_dict(), ours.state_dict(), rtol=0, atol=0)
+    torch.testing.assert_close(again.state_dict(), gpt.state_dict(), rtol=0, atol=0)
+    place = "https://huggingface.co/openai-community/gpt2-large/resolve/main"
+    assert asked == [f"{place}/config.json", f"{place}/model.safetensors"]
+
+
+def test_a_folder_that_is_no_gpt2_is_refused_in_one_sentence(gpt, tmp_path):
+    with pytest.raises(UserError, match="is neither one of gpt2, .* nor a folder with config.json"):
+        GPT.from_pretrained(tmp_path)
+    gpt.save_pretrained(tmp_path)
+    config = read_json(tmp_path / "config.json")
+    write_json(tmp_path / "config.json", config | {"model_type": "llama"})
+    with pytest.raises(UserError, match="is of type llama, not gpt2"):
+        GPT.from_pretrained(tmp_path)
 
 
 # ---- Muon ------------------------------------------------------------------------------------------------
 
-def test_muon_turns_a_matrix_alike_in_all_directions_and_goes_on_from_its_state():
+def test_muon_turns_a_matrix_alike_in_all_directions_and_adamw_takes_the_rest():
     """Its first step on a matrix is near U V^T of the gradient's decomposition, as long as AdamW's."""
     torch.manual_seed(0)
-    gpt, again = (GPT(GPTConfig(2, 2, 16, 13, 24)) for _ in range(2))
-    optimizer = Muon(gpt, 0.01)
-
-    def step(gpt, optimizer):
-        ids = random_ids(64, 12)
-        token_logprob(gpt, ids, (torch.arange(12) > 0).expand(64, 12)).mean().neg().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
+    gpt = GPT(GPTConfig(2, 2, 16, 13, 24))
+    matrices, others = muon(gpt, 0.01)
+    counts = [sum(len(group["params"]) for group in each.param_groups) for each in (matrices, others)]
+    assert counts[0] == 8 and sum(counts) == len(list(gpt.parameters()))
     before = gpt.h[0].mlp.c_fc.weight.detach().clone()
     embedding = gpt.wte.weight.detach().clone()
-    step(gpt, optimizer)
+    ids = random_ids(64, 12)
+    token_logprob(gpt, ids, (torch.arange(12) > 0).expand(64, 12)).mean().neg().backward()
+    matrices.step()
+    others.step()
     turned = torch.linalg.svdvals(before - gpt.h[0].mlp.c_fc.weight.detach())            # (16,)
     size = turned / (0.01 * 0.2 * 64 ** 0.5)
     assert 0.6 < size[:-1].min() and size.max() < 1.3           # but for where the gradient is nearly 0
     assert (embedding - gpt.wte.weight.detach()).abs().median() == pytest.approx(0.01, rel=1e-3)
-    again.load_state_dict(gpt.state_dict())
-    restored = Muon(again, 0.5)
-    restored.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    for one, its in ((gpt, optimizer), (again, restored)):
-        step(one, its)
-    for name, weight in gpt.state_dict().items():
-        assert torch.equal(weight, again.state_dict()[name]), name
 
 
 # ---- the scalar head -------------------------------------------------------------------------------------
@@ -267,50 +229,6 @@ def test_a_batch_samples_each_row_as_that_row_alone(gpt, monkeypatch, prompts, e
     assert left or eos_id is None                   # finished rows were dropped
 
 
-class Before(TorchDispatchMode):
-    """Calls look(name) before every tensor operation."""
-
-    def __init__(self, look):
-        super().__init__()
-        self.look = look
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.look(func.overloadpacket.__name__)
-        return func(*args, **kwargs or {})
-
-
-def test_under_medium_products_whole_rows_attend_by_plain_ones_and_the_policy_is_the_same(gpt):
-    ids, mask = ragged_batch()
-    logp, names = {}, {}
-    try:
-        for precision in ("highest", "medium"):
-            torch.set_float32_matmul_precision(precision)
-            names[precision] = []
-            with Before(names[precision].append):
-                logp[precision] = sequence_logprob(gpt, ids, mask)
-    finally:
-        torch.set_float32_matmul_precision("highest")
-    fused = "_scaled_dot_product_flash_attention_for_cpu"            # slow in backward under medium
-    assert fused in names["highest"] and fused not in names["medium"]
-    close_in_bf16 = {"rtol": 0.02, "atol": 0.1}                      # what medium is on some processors
-    torch.testing.assert_close(logp["medium"], logp["highest"], **close_in_bf16)
-
-
-@torch.no_grad()
-def test_a_token_builds_one_mask_for_all_layers_and_dropped_rows_make_room_layer_by_layer(gpt):
-    cache = model.Cache([2, 3, 1], 9, "cpu")
-    gpt.hidden(random_ids(3, 3), cache)
-    names = []
-    with Before(names.append):
-        gpt.hidden(random_ids(3, 1), cache)
-    assert names.count("le") == 1 and len(cache.kv) == 2
-    old = [weakref.ref(kv) for kv in cache.kv]
-    alive = []                                                       # of the old ones, at every copy of rows
-    with Before(lambda name: name == "index" and alive.append(sum(kv() is not None for kv in old))):
-        cache.keep(torch.tensor([0, 2]))
-    assert alive[-2:] == [2, 1]
-
-
 def test_responses_are_sampled_as_often_as_their_log_prob_says(gpt):
     n, temperature = 20_000, 0.8
     ids, mask = generate(gpt, [[1, 2]] * n, 2, temperature, EOS, seeded(11))
@@ -322,20 +240,20 @@ def test_responses_are_sampled_as_often_as_their_log_prob_says(gpt):
     assert freedom > 20 and abs(chi2 - freedom) < 4 * (2 * freedom) ** 0.5
 
 
-def test_responses_come_in_the_order_of_their_prompts_with_what_is_measured(gpt):
+@pytest.mark.parametrize("at_once", [1, 2, 100])
+def test_responses_come_in_the_order_of_their_prompts_however_many_are_drawn_at_once(gpt, at_once):
     def measure(ids, mask):
         return {"logp": token_logprob(gpt, ids, mask), "length": mask.sum(1)}
 
-    got = respond(gpt, PROMPTS, 9, 1.0, EOS, seeded(3), 2, measure, 20)
-    generator = seeded(3)
-    for first in (0, 2, 4):                         # two prompts at once
-        ids, mask = generate(gpt, PROMPTS[first:first + 2], 9, 1.0, EOS, generator)
+    got = respond(gpt, PROMPTS, 15, 20, 1.0, EOS, seeded(3), at_once, measure, pieces=2)
+    uniform = torch.rand(len(PROMPTS), 15, generator=seeded(3))
+    for n, prompt in enumerate(PROMPTS):
+        ids, mask = generate(gpt, [prompt], 15, 1.0, EOS, uniform=uniform[n:n + 1])
         room = (0, 20 - ids.shape[1])
-        rows = slice(first, first + 2)
-        assert torch.equal(got["ids"][rows], F.pad(ids, room, value=EOS))
-        assert torch.equal(got["mask"][rows], F.pad(mask, room))
-        close(got["logp"][rows], F.pad(token_logprob(gpt, ids, mask), room))
-        assert torch.equal(got["length"][rows], mask.sum(1))
+        assert torch.equal(got["ids"][n:n + 1], F.pad(ids, room, value=EOS))
+        assert torch.equal(got["mask"][n:n + 1], F.pad(mask, room))
+        close(got["logp"][n:n + 1], F.pad(token_logprob(gpt, ids, mask), room))
+        assert got["length"][n] == mask.sum()
 
 
 @pytest.mark.parametrize("shift", [-1e4, 0, 1e4])
@@ -358,50 +276,3 @@ def test_sample_never_returns_a_token_of_zero_weight(vocab):
 def test_what_cannot_be_sampled_is_refused(gpt, prompts, new, temperature):
     with pytest.raises(ValueError, match="cannot add . tokens .* block_size = 24"):
         generate(gpt, prompts, new, temperature)
-
-
-# ---- folders that are not what they should be ------------------------------------------------------------
-
-def with_config(**changes):
-    def change(folder):
-        path = folder / "config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    return change
-
-
-def with_pickle(write):
-    def change(folder):
-        (folder / "model.safetensors").unlink()
-        write(folder / "pytorch_model.bin")
-    return change
-
-
-class Program:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
-
-
-def classifier(folder):
-    ScalarGPT(GPT.from_pretrained(folder), EOS).save_pretrained(folder)
-
-
-@pytest.mark.parametrize("change, words", [
-    (lambda folder: (folder / "config.json").unlink(), "is neither one of gpt2,"),
-    (lambda folder: (folder / "model.safetensors").unlink(), "is neither one of gpt2,"),
-    (with_config(model_type="llama"), "llama"),
-    (with_config(activation_function="relu"), "relu"),
-    (with_config(vocab_size=14), "does not fit its config.json: .*wte.weight"),
-    (with_config(n_layer=3), "does not fit its config.json: .*h.2."),
-    (classifier, "does not fit its config.json: .*score.weight"),
-    (with_pickle(lambda path: path.write_bytes(b"<html>not here</html>")), "pytorch_model.bin is corrupt"),
-    (with_pickle(lambda path: torch.save(Program(path.with_name("it ran")), path)), "more than tensors")])
-def test_a_folder_that_is_no_gpt2_is_refused_in_one_sentence(gpt, tmp_path, change, words):
-    gpt.save_pretrained(tmp_path)
-    change(tmp_path)
-    with pytest.raises(UserError, match=words) as error:
-        GPT.from_pretrained(tmp_path)
-    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
-    assert not (tmp_path / "it ran").exists()       # no pickled program was executed

@@ -1,4 +1,4 @@
-"""The notebooks of `toy/` run from a clean kernel, and what they show is what they compute."""
+"""The notebooks of `toy/` run from a clean kernel, and their stored outputs are what they compute."""
 import re
 from pathlib import Path
 
@@ -6,13 +6,13 @@ import pytest
 
 nbformat = pytest.importorskip("nbformat")
 ROOT = Path(__file__).resolve().parent.parent
-# relative and absolute; an XPO run is a chain of draws, which rounding can turn elsewhere on another machine
+# relative and absolute; an XPO run is a chain of draws, and on another machine rounding can change a draw
 TOLERANCE = {"reverse_vs_forward_kl": (0.01, 2e-3), "exo_is_exact": (0.02, 2e-3),
              "xpo_exploration": (0.15, 0.05)}
 NUMBER = r"-?\d+(?:\.\d+)?(?:e[-+]\d+)?"
 
 
-def code_cells(name):
+def read(name):
     notebook = nbformat.read(ROOT / "toy" / f"{name}.ipynb", as_version=4)
     return notebook, [cell for cell in notebook.cells if cell.cell_type == "code"]
 
@@ -23,7 +23,7 @@ def printed(cell):
 
 @pytest.mark.parametrize("name", TOLERANCE)
 def test_stored_notebook_is_small_executed_and_free_of_paths(name):
-    notebook, cells = code_cells(name)
+    notebook, cells = read(name)
     nbformat.validate(notebook)
     outputs = [out for cell in cells for out in cell.outputs]
     assert len(notebook.cells) <= 18
@@ -38,12 +38,10 @@ def test_stored_notebook_is_small_executed_and_free_of_paths(name):
 @pytest.mark.parametrize("name", TOLERANCE)
 def test_notebook_runs_again_and_prints_the_same_numbers(name):
     nbclient = pytest.importorskip("nbclient")
-    _, stored = code_cells(name)
-    notebook, fresh = code_cells(name)
-    for cell in fresh:
-        cell.outputs = []
-    place = {"metadata": {"path": str(ROOT / "toy")}}
-    nbclient.NotebookClient(notebook, timeout=600, resources=place).execute()
+    _, stored = read(name)
+    notebook, fresh = read(name)
+    folder = {"metadata": {"path": str(ROOT / "toy")}}
+    nbclient.NotebookClient(notebook, timeout=600, resources=folder).execute()
     relative, absolute = TOLERANCE[name]
     for before, after in zip(map(printed, stored), map(printed, fresh)):
         assert re.sub(f"{NUMBER}| ", "", before) == re.sub(f"{NUMBER}| ", "", after)      # the same words

@@ -8,7 +8,7 @@ import torch
 from torch.nn.utils import parameters_to_vector
 
 import ppo
-from compute import adamw, cosine
+from loop import adamw, cosine
 from model import ScalarGPT, token_logprob
 
 N, T, BETA = 7, 9, 1.0
@@ -35,18 +35,19 @@ def models():
 
 
 def adam(pi, critic):
-    return adamw(pi, 1e-3, eps=1e-5), adamw(critic, 1e-3, eps=1e-5)
+    return adamw(pi.parameters(), 1e-3, eps=1e-5), adamw(critic.parameters(), 1e-3, eps=1e-5)
 
 
 def sgd(pi, critic):
     return torch.optim.SGD(pi.parameters()), torch.optim.SGD(critic.parameters())
 
 
-def iterate(pi, ref, critic, optimizers=None, seed=0, **settings):
-    usual = dict(policy_lr=1e-3, critic_lr=1e-3, beta=BETA, max_new_tokens=lm.NEW, eos_id=lm.EOS, samples=8,
-                 generator=torch.Generator().manual_seed(seed))
+def iterate(pi, ref, critic, optimizers=None, seed=0, samples=8, **settings):
+    usual = dict(policy_lr=1e-3, critic_lr=1e-3, beta=BETA, new_tokens=lm.NEW, T=lm.T, temperature=1.0,
+                 eos_id=lm.EOS, generator=torch.Generator().manual_seed(seed))
+    prompts = [prompt for prompt in lm.PROMPTS.tolist() for _ in range(samples)]
     optimizers = optimizers or adam(pi, critic)
-    return ppo.iteration(pi, ref, critic, *optimizers, lm.reward_of, lm.PROMPTS, **usual | settings)
+    return ppo.iteration(pi, ref, critic, *optimizers, lm.reward_of, prompts, **usual | settings)
 
 
 # ---- rewards and advantages ---------------------------------------------------------------------------
@@ -290,13 +291,13 @@ def test_micro_batches_change_memory_only():
     results = []
     for rows in (0, 5):
         pi, ref, critic = models()
-        stats = iterate(pi, ref, critic, sgd(pi, critic), micro_batch_size=rows, policy_lr=0.1, critic_lr=0.1)
+        stats = iterate(pi, ref, critic, sgd(pi, critic), micro_batch=rows, sample_batch=rows or 100, policy_lr=0.1, critic_lr=0.1)
         results.append((stats, lm.weights(pi), lm.weights(critic)))
     torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)
 
 
-def test_prompts_may_be_a_list_of_any_lengths():
-    batch = ppo.rollout(*models(), lm.reward_of, [[1], [2, 3, 4]], 2, eos_id=lm.EOS, samples=3,
-                        generator=torch.Generator().manual_seed(0))
-    assert batch["ids"][:, 0].tolist() == [1, 1, 1, 2, 2, 2]
-    assert batch["mask"][:, 1].tolist() == [True, True, True, False, False, False]
+def test_prompts_may_have_any_lengths():
+    generator = torch.Generator().manual_seed(0)
+    batch = ppo.rollout(*models(), lm.reward_of, [[1], [2, 3, 4]] * 3, 2, 5, 1.0, lm.EOS, generator, 4)
+    assert batch["ids"][:, 0].tolist() == [1, 2] * 3
+    assert batch["mask"][:, 1].tolist() == [True, False] * 3

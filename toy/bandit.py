@@ -1,18 +1,15 @@
-"""A bandit of V arms a prompt: alignment where the optimum, the KLs and every gradient are exact.
+"""A bandit with V arms per prompt: here the optimum, the KLs and every gradient are exact.
 
 The responses to a prompt are V arms and a policy is a row of V log-probs, so expectations are sums.  The
-losses are the language model's own (`exo_loss`, `dpo_loss`, ...).  This file adds the truth to compare them
-with, and the groups and pairs of responses that they are given.  B prompts are B random instances.
-
-    python -m toy.bandit          prints the tables and draws Figure 1 of the paper, in half a minute
+losses are those that train the language model (`exo_loss`, `dpo_loss`, ...).  This file adds the exact
+answers to compare them with, and the groups and pairs of responses that they take.  B prompts are B random
+instances.
 
 Theorems and equations are those of the EXO paper, arXiv version 1.
 """
-import argparse
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,12 +18,11 @@ from torch import Tensor
 
 from dpo import dpo_loss, dpo_reward_loss
 from exo import exo_loss, exo_pref_loss
-from toy import report
 from xpo import xpo_loss
 
 REWARD_LOSSES = {"EXO-rw": exo_loss, "DPO-rw": dpo_reward_loss}
-KS = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)           # candidates a prompt
-GRID = torch.linspace(-8, 8, 161, dtype=torch.float64)    # the arms of the bandits whose arms have a place
+KS = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)           # candidates per prompt
+GRID = torch.linspace(-8, 8, 161, dtype=torch.float64)    # where the arms lie, if they lie on a line
 
 
 # ---- the truth --------------------------------------------------------------------------------------------
@@ -56,7 +52,7 @@ def kl(logp, logq):
 
 
 def tv(logp, logq):
-    """Total variation, the mass that would have to move.  (..., V) x2 -> (...)"""
+    """Total variation: how much mass would have to move.  (..., V) x2 -> (...)"""
     return (logp.exp() - logq.exp()).abs().sum(-1) / 2
 
 
@@ -83,7 +79,7 @@ def general_objective(bandit, logp, beta_r, beta_pi):
 # ---- the losses, in expectation ---------------------------------------------------------------------------
 
 def sample_groups(bandit, G, K, seed=0):
-    """The arms of G groups of K responses a prompt, drawn from pi_sft.  -> (B, G, K) int64"""
+    """The arms of G groups of K responses per prompt, drawn from pi_sft.  -> (B, G, K) int64"""
     gen = torch.Generator().manual_seed(seed)
     return bandit.ref_logp.exp().multinomial(G * K, replacement=True, generator=gen).view(-1, G, K)
 
@@ -103,7 +99,7 @@ def matching_losses(bandit, optimum, Ks, G, beta_r, beta_pi):
     losses = {"reverse KL": lambda logp: kl(logp, optimum).mean(),
               "forward KL": lambda logp: kl(optimum, logp).mean()}
     for K in Ks:
-        groups = sample_groups(bandit, G, K)              # (B, G, K), the same for both
+        groups = sample_groups(bandit, G, K)              # (B, G, K), the same for both losses
         for method, loss in REWARD_LOSSES.items():
             losses[f"{method}, K = {K}"] = partial(reward_loss, loss, bandit, groups=groups, beta_r=beta_r,
                                                    beta_pi=beta_pi)
@@ -111,7 +107,7 @@ def matching_losses(bandit, optimum, Ks, G, beta_r, beta_pi):
 
 
 def per_row(loss, *tensors, **settings):
-    """A loss is a mean over rows; a weighted expectation needs each row's own.  (N, K) tensors -> (N,)"""
+    """The loss of each row, which a weighted expectation needs.  (N, K) tensors -> (N,)"""
     def one_row(*row):
         return loss(*(values[None] for values in row), **settings)              # (K,) -> (1, K) -> scalar
 
@@ -119,7 +115,7 @@ def per_row(loss, *tensors, **settings):
 
 
 def all_pairs(bandit, labels):
-    """Every pair (chosen, rejected) of arms, and how often it comes up when both are drawn from pi_sft.
+    """Every pair (chosen, rejected) of arms, and its probability when both are drawn from pi_sft.
 
     labels: "bt", i beats j with the Bradley-Terry probability sigmoid(r_i - r_j); "argmax", the higher reward
     wins.  -> groups (B, V * V, 2), weight (B, V * V), whose rows sum to one
@@ -142,7 +138,7 @@ def pair_loss(loss, bandit, logp, labels, **settings):
 
 
 def expected_xpo_loss(logp, ref_logp, beta, alpha):
-    """xpo_loss on pairs where either response is the reference's, which the bonus takes, half of the time."""
+    """xpo_loss where the reference drew the chosen response in half of the pairs, else the rejected one."""
     return xpo_loss(logp, ref_logp, logp.mean(-1), beta=beta, alpha=alpha)
 
 
@@ -165,7 +161,7 @@ def normal(mean, sd):
 
 
 def near_reference(bandit, spread=0.5, seed=1):
-    """Logits of a policy on its way: those of pi_sft plus normal noise.  -> (B, V)"""
+    """Logits of a policy partway through training: pi_sft's plus normal noise.  -> (B, V)"""
     gen = torch.Generator().manual_seed(seed)
     return bandit.ref_logp + spread * torch.randn(bandit.ref_logp.shape, generator=gen, dtype=torch.float64)
 
@@ -173,7 +169,7 @@ def near_reference(bandit, spread=0.5, seed=1):
 def fit(loss, start, policy=softmax_policy, steps=1000):
     """The minimum of loss(log-probs) that L-BFGS reaches from `start`, a policy's parameters.  -> (B, V)"""
     params = start.clone().requires_grad_()
-    lbfgs = torch.optim.LBFGS([params], max_iter=steps, history_size=50, tolerance_grad=1e-9,
+    lbfgs = torch.optim.LBFGS([params], max_iter=steps, history_size=20, tolerance_grad=1e-9,
                               tolerance_change=1e-12, line_search_fn="strong_wolfe")
 
     def closure():
@@ -187,7 +183,7 @@ def fit(loss, start, policy=softmax_policy, steps=1000):
 
 
 def grad(values, logits):
-    """The gradient of each instance's value on its own logits.  (B,), (B, V) -> (B, V)"""
+    """The gradient of each instance's value with respect to its own logits.  (B,), (B, V) -> (B, V)"""
     return torch.autograd.grad(values.sum(), logits, retain_graph=True)[0]
 
 
@@ -204,7 +200,7 @@ def generalised_objective(bandit, beta_r, beta_pi):
         return -general_objective(bandit, logp, temperature, beta_pi).mean() / temperature
 
     maximiser = bandit.ref_logp                           # (B, V)
-    for hotter in (16, 4, 1):                             # at once to beta = 0.01 the fit can get stuck
+    for hotter in (16, 4, 1):                             # started at beta = 0.01 the fit can get stuck
         maximiser = fit(partial(loss, temperature=hotter * beta_r), maximiser)
 
     beta = beta_r * beta_pi
@@ -222,10 +218,10 @@ def generalised_objective(bandit, beta_r, beta_pi):
 # ---- 2. Theorems 3.2 and 3.3: the gradients against K -----------------------------------------------------
 
 def limit_gradients(bandit, logits, beta_r, beta_pi):
-    """What the gradients on the logits approach as K grows.  (B, V) -> {"EXO-rw": (B, V), "DPO-rw": (B, V)}
+    """What the gradients with respect to the logits approach as K grows.  (B, V) -> {method: (B, V)}
 
     EXO-rw's limit is the gradient of the reverse KL(pi^beta_pi || pi*_beta_r) and, by Eq 11, that of
-    -J_gen / beta_r, so RL's.  DPO-rw's is the gradient of the forward KL.
+    -J_gen / beta_r: it is RL's.  DPO-rw's is the gradient of the forward KL.
     """
     logits = logits.clone().requires_grad_()
     sharp = sharpen(softmax_policy(logits), bandit.ref_logp, beta_pi)
@@ -234,14 +230,14 @@ def limit_gradients(bandit, logits, beta_r, beta_pi):
 
 
 def group_gradients(loss, bandit, logits, counts, beta_r, beta_pi):
-    """The gradient on the logits from each group of K responses.  (B, V), counts (B, G, V) -> (B, G, V)
+    """The gradient with respect to the logits of each group's loss.  (B, V), counts (B, G, V) -> (B, G, V)
 
     A group is given by how often it has each arm.  Equal candidates have equal probabilities, so c of them
-    are one candidate with log c more in both softmaxes, and K = 1024 costs no more than K = V.  Over a group
-    the gradient on the log-probs sums to zero for both losses, so it is the gradient on the logits too.
+    act as one candidate with log c added in both softmaxes, and K = 1024 costs no more than K = V.  For both
+    losses the gradient with respect to a group's log-probs sums to zero, so the logits have the same one.
     """
     B, G, V = counts.shape
-    log_c = counts.clamp(min=1e-300).log()                # (B, G, V), where absent e^-690
+    log_c = counts.clamp(min=1e-300).log()                # (B, G, V), -690 where the arm is absent
     logp = softmax_policy(logits)[:, None].repeat(1, G, 1).requires_grad_()     # (B, G, V)
     ref_logp = bandit.ref_logp[:, None] - log_c / beta_pi
     reward = bandit.reward[:, None] + beta_r * log_c
@@ -252,10 +248,10 @@ def group_gradients(loss, bandit, logits, counts, beta_r, beta_pi):
 def gradient_study(bandit, beta_r=0.1, beta_pi=0.1, Ks=KS, G=4096, seed=0):
     """The expected gradient E g_K, from G groups of K responses.  -> {(method, K): dict of (B,)}
 
-    bias: |E g_K - g| / |g| against the limit g of Theorem 3.2 or 3.3; cos_limit, cos_rl: the cosine of E g_K
-    to g and to the RL gradient; sd: of one group's gradient, over |g|; all at the policy of `near_reference`.
-    E g_K is the intercept of a regression on the arms' frequencies, whose own expectation pi_sft is known:
-    that removes the noise of first order, and leaves one that falls like the bias itself, 1/K.
+    bias: |E g_K - g| / |g|, where g is the limit in Theorem 3.2 or 3.3; cos_limit, cos_rl: the cosine of
+    E g_K to g and to the RL gradient; sd: of one group's gradient, over |g|; all at the policy of
+    `near_reference`.  E g_K is the intercept of a regression on the arms' frequencies, whose expectation is
+    known, pi_sft: this removes the first-order noise, and what remains falls like the bias itself, 1/K.
     """
     gen = np.random.default_rng(seed)
     logits = near_reference(bandit)
@@ -280,13 +276,13 @@ def gradient_study(bandit, beta_r=0.1, beta_pi=0.1, Ks=KS, G=4096, seed=0):
     return study
 
 
-# ---- 3. What recovers pi*, and what does not --------------------------------------------------------------
+# ---- 3. Which losses recover pi* and which do not ---------------------------------------------------------
 
 def recover(bandit, beta_r=0.5, beta_pi=0.5, Ks=(2, 4, 8, 32), alphas=(0, 0.001, 0.003)):
     """The full softmax fitted by every method; alphas are in units of beta.  -> {name: log-probs (B, V)}"""
     beta = beta_r * beta_pi
     optimum = log_optimum(bandit, beta)
-    losses = matching_losses(bandit, optimum, Ks, 128, beta_r, beta_pi)         # 128 groups connect all arms
+    losses = matching_losses(bandit, optimum, Ks, 128, beta_r, beta_pi)         # 128 groups link all arms
     losses["policy gradient on J"] = lambda logp: -objective(bandit, logp, beta).mean()   # what PPO estimates
     for labels in ("bt", "argmax"):
         losses[f"DPO-pref, {labels} labels"] = partial(pair_loss, dpo_loss, bandit, labels=labels, beta=beta)
@@ -296,7 +292,7 @@ def recover(bandit, beta_r=0.5, beta_pi=0.5, Ks=(2, 4, 8, 32), alphas=(0, 0.001,
         losses[f"XPO, alpha/beta = {alpha:g}"] = partial(pair_loss, expected_xpo_loss, bandit, labels="bt",
                                                          beta=beta, alpha=alpha * beta)
     fits = {name: fit(loss, bandit.ref_logp) for name, loss in losses.items()}
-    # EXO-pref's loss depends on beta_pi h alone: at another beta_pi its minimiser is this one with h rescaled
+    # EXO-pref's loss depends only on beta_pi h: at another beta_pi its minimiser is this one with h rescaled
     scales = torch.logspace(-2, 1, 301, dtype=torch.float64)[:, None, None]
     rescaled = sharpen(fits["EXO-pref, bt labels"], bandit.ref_logp, scales)    # (scales, B, V)
     nearest = tv(rescaled, optimum).argmin(0)             # (B,)
@@ -307,8 +303,8 @@ def recover(bandit, beta_r=0.5, beta_pi=0.5, Ks=(2, 4, 8, 32), alphas=(0, 0.001,
 # ---- 4. A policy that cannot represent pi*: mode-seeking and mean-seeking ---------------------------------
 
 def two_modes():
-    """One prompt whose pi*_1 is 65% N(-3, 0.6) and 35% N(3, 0.6), under a broad pi_sft = N(0, 3).
-    -> Bandit, whose reward makes it so; log pi* (1, V)"""
+    """One prompt with a broad pi_sft = N(0, 3) and a reward that makes pi*_1 65% N(-3, 0.6), 35% N(3, 0.6).
+    -> Bandit, log pi* (1, V)"""
     ref_logp = normal(0.0, 3.0)
     main, minor = normal(-3.0, 0.6) + np.log(0.65), normal(3.0, 0.6) + np.log(0.35)
     optimum = torch.logaddexp(main, minor).log_softmax(-1)
@@ -316,7 +312,7 @@ def two_modes():
 
 
 def fit_unimodal(loss):
-    """The local minima that 10 starts lead to, lowest first.  -> their log-probs (1, V), their losses"""
+    """The local minima reached from 10 starts, lowest first.  -> their log-probs (1, V), their losses"""
     means = torch.linspace(-4, 4, 5).double()
     log_sds = torch.tensor([0.5, 3.0]).double().log()
     ends = []
@@ -326,7 +322,7 @@ def fit_unimodal(loss):
     ends.sort(key=lambda end: end[0])
     minima, losses, before = [], [], -np.inf
     for value, logp in ends:
-        if value > before + 1e-3:                         # else it is the minimum of the start before
+        if value > before + 1e-3:                         # else it is the minimum before it again
             minima.append(logp)
             losses.append(value)
         before = value
@@ -334,19 +330,19 @@ def fit_unimodal(loss):
 
 
 def masses(logp):
-    """What a policy puts within 3 sd of the main mode, of the minor one, elsewhere.  (1, V) -> 3 numbers"""
+    """The mass within 3 sd of the main mode, of the minor mode, and elsewhere.  (1, V) -> 3 numbers"""
     main, minor = [(logp.exp() * ((GRID - place).abs() <= 1.8 + 1e-9)).sum().item() for place in (-3, 3)]
     return main, minor, 1 - main - minor
 
 
 def mode_fits(Ks=(2, 4, 8, 32)):
-    """The unimodal policy on `two_modes`, by exact KLs and from samples.  -> {name: (minima, losses)}"""
+    """The unimodal policy fitted to `two_modes` by each loss.  -> {name: (minima, losses)}"""
     bandit, optimum = two_modes()
     losses = matching_losses(bandit, optimum, Ks, 2048, beta_r=1.0, beta_pi=1.0)
     return {name: fit_unimodal(loss) for name, loss in losses.items()}
 
 
-# ---- 5. beta_pi against beta_r: Appendix D.1 without sampling ---------------------------------------------
+# ---- 5. beta_pi versus beta_r: Appendix D.1 without sampling ----------------------------------------------
 
 def smooth_bandits(B=24, seed=0):
     """B instances on GRID: pi_sft = N(0, 2), the reward six sines of random weight and phase, sd about 1."""
@@ -357,7 +353,7 @@ def smooth_bandits(B=24, seed=0):
 
 
 def best_unimodal(bandit, beta_r, beta_pi):
-    """The unimodal policy with the highest J_gen among 121 means x 40 sds, so no local optimum.
+    """The unimodal policy with the highest J_gen of 121 means x 40 sds: no search that could get stuck.
     All instances must have the same pi_sft.  -> log-probs (B, V)"""
     means = torch.linspace(-6, 6, 121).double()
     log_sds = torch.linspace(-1.6, 1.4, 40).double()
@@ -370,8 +366,8 @@ def best_unimodal(bandit, beta_r, beta_pi):
 def ablation(bandit, values=(0.1, 0.2, 0.5, 1.0, 2.0), default=0.5):
     """One beta at each of `values`, the other at `default`.  -> {(which, value, family): dict of (B,)}
 
-    reward, kl (nats): of the maximiser of J_gen; lost: how far its J_beta, beta = beta_r beta_pi, lies below
-    that of the best policy of its family (the maximiser at beta_pi = 1), in units of reward.
+    reward, kl (nats): those of the maximiser of J_gen; lost: how far its J_beta, beta = beta_r beta_pi, lies
+    below that of the best policy in its family (the maximiser at beta_pi = 1), in units of reward.
     """
     result = {}
     for which, value in product(("beta_r", "beta_pi"), values):
@@ -386,47 +382,3 @@ def ablation(bandit, values=(0.1, 0.2, 0.5, 1.0, 2.0), default=0.5):
                 "kl": kl(logp, bandit.ref_logp),
                 "lost": objective(bandit, best, beta) - objective(bandit, logp, beta)}
     return result
-
-
-# ---- what `python -m toy.bandit` prints and draws ---------------------------------------------------------
-
-def main():
-    """Prints the five tables, each an exact statement of the paper, and draws Figure 1."""
-    parser = argparse.ArgumentParser(description="The bandit's tables, and Figure 1 of the EXO paper.")
-    parser.add_argument("--out", type=Path, default=Path("runs/toy"), help="the figure's folder")
-    picture = parser.parse_args().out / "reverse_vs_forward_kl.png"
-    torch.set_num_threads(1)                              # tensors this small gain nothing from threads
-    bandit, small = random_bandits(), random_bandits(V=6)
-
-    table = {}
-    for beta_r, beta_pi in ((0.5, 1.0), (0.5, 0.5), (0.1, 0.1), (1.0, 0.3)):
-        table[f"beta_r = {beta_r}, beta_pi = {beta_pi}"] = generalised_objective(bandit, beta_r, beta_pi)
-    report.print_bands("Theorem 3.1 and Eq 11", table)
-
-    table = {f"{method}, K = {K}": row for (method, K), row in gradient_study(bandit).items()}
-    report.print_bands("Theorems 3.2 and 3.3: the gradient from groups of K", table)
-
-    table = {}
-    for name, logp in recover(small).items():
-        optimum = log_optimum(small, 0.25)
-        table[name] = {"total variation": tv(logp, optimum), "KL(pi || pi*)": kl(logp, optimum),
-                       "J(pi*) - J(pi)": suboptimality(small, logp, 0.25)}
-    report.print_bands("from the fitted full softmax of 6 arms to pi*, beta = 0.25", table)
-
-    fits = mode_fits()
-    print("Figure 1: where a unimodal policy puts its mass, and the loss at each of its local minima, nats")
-    for name, (minima, losses) in fits.items():
-        places = "main mode {:.3f}, minor {:.3f}, elsewhere {:.3f}".format(*masses(minima[0]))
-        print(f"{name:16}{places}; loss", *(f"{loss:.3f}" for loss in losses))
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    report.draw_modes(GRID, *two_modes(), fits).savefig(picture, dpi=150)
-    print(f"drawn in {picture}\n")
-
-    print("Figure 6: one beta moves, the other stays at 0.5; means, and what is lost in the instances")
-    for (which, value, family), row in ablation(smooth_bandits()).items():
-        means = ", ".join(f"{name} {values.mean():.3f}" for name, values in row.items())
-        print(f"{which:8}= {value}  {family:10}{means}  {report.band(row['lost'])}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,17 +1,14 @@
 """What XPO's bonus buys: two bandits whose best arm the reference hardly ever draws.
 
-    python -m toy.xpo_bandit          prints both, and a control where the reference covers the best arm
-
-A policy of the class is pi_r, proportional to pi_sft exp(r / beta), with a reward r in the box [0, R_max].
-Labels are drawn from Bradley-Terry.  Algorithm 1 (see `xpo.py`) asks for the argmin over the *whole* history,
-and here it is solved: on a grid where one number describes the policy, by projected Adam from several starts
-where twelve do.  alpha = 0 is online DPO; alpha / beta is in units of reward.
+The policies are pi_r, proportional to pi_sft exp(r / beta), for rewards r in the box [0, R_max].  Labels are
+drawn from Bradley-Terry.  Algorithm 1 (see `xpo.py`) asks for the argmin over the *whole* history, and here
+it is solved: with two arms on a grid, with twelve by projected Adam from several starts.  alpha = 0 is
+online DPO; alpha / beta is in units of reward.
 """
 import torch
 
-from checkpoint import Rows
+from loop import Columns
 from toy.bandit import Bandit, per_row, suboptimality
-from toy.report import mean_ci
 from xpo import xpo_loss
 
 SCAN = 25                                                 # steps of `argmin` from its V + 1 extra starts
@@ -21,9 +18,9 @@ RATIOS = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1)             # alpha / beta
 # ---- two arms: the lower bound of Proposition 2.1 ---------------------------------------------------------
 
 def two_arms(beta, alpha, rounds=400, seeds=256):
-    """Proposition 2.1's instance: r(a) = 1, r(b) = 1/2, pi_sft(a) = exp(-1 / (8 beta)); one pair a round.
+    """Proposition 2.1's instance: r(a) = 1, r(b) = 1/2, pi_sft(a) = exp(-1 / (8 beta)); one pair per round.
 
-    The policies are a grid over d = r(a) - r(b) in [-1, 1].  A pair is of one of 8 kinds (who won, who lost,
+    The policies are a grid over d = r(a) - r(b) in [-1, 1].  There are 8 kinds of pairs (who won, who lost,
     which was the reference's): the history is 8 counts, the objective counts @ (each kind's loss at each d).
     -> rounds until J(pi*) - J(pi) < 1/8 (seeds,), inf where never; J(pi*) - J(pi) after the last (seeds,)
     """
@@ -46,7 +43,7 @@ def two_arms(beta, alpha, rounds=400, seeds=256):
     loss = loss.view(len(d), 8).T                         # (8, D)
 
     counts = torch.zeros(seeds, 8, dtype=torch.float64)
-    policy = torch.full((seeds,), len(d) // 2)            # its place on the grid; at d = 0 pi_1 = pi_sft
+    policy = torch.full((seeds,), len(d) // 2)            # an index into the grid; pi_1 = pi_sft is d = 0
     reached = torch.full((seeds,), torch.inf)
     for t in range(1, rounds + 1):
         uniform = torch.rand(3, seeds, generator=gen, dtype=torch.float64)
@@ -57,7 +54,7 @@ def two_arms(beta, alpha, rounds=400, seeds=256):
         rejected = torch.where(wins, ref_arm, arm)
         kind = 4 * chosen + 2 * rejected + wins.long()    # column 1 is the reference's where it lost
         counts[torch.arange(seeds), kind] += 1
-        policy = (counts @ loss + 1e-9 * d.abs()).argmin(1)                     # ties: the smallest change
+        policy = (counts @ loss + 1e-9 * d.abs()).argmin(1)                     # a tie: nearest to pi_sft
         reached = torch.where((gap[policy] < 1 / 8) & reached.isinf(), t, reached)
     return reached, gap[policy]
 
@@ -65,13 +62,13 @@ def two_arms(beta, alpha, rounds=400, seeds=256):
 # ---- twelve arms ------------------------------------------------------------------------------------------
 
 def twelve_arms(rare=3.4e-4):
-    """Two common arms (r = 1.5, 1.2) and ten of probability `rare` under pi_sft, one of them best (r = 3)."""
+    """Two common arms (r = 1.5, 1.2) and ten of probability `rare` under pi_sft: one has r = 3, nine 0."""
     probs = torch.tensor([0.5 - 5 * rare] * 2 + [rare] * 10, dtype=torch.float64)
     return Bandit(probs.log()[None], torch.tensor([[1.5, 1.2, 3.0] + [0.0] * 9], dtype=torch.float64))
 
 
 def merge(pairs, V, pairs_per_run):
-    """Equal pairs of a run become one row.  tensors (pairs,) -> history for `argmin`, N rows:
+    """Merges equal pairs of a run into one row.  tensors (pairs,) -> history for `argmin`, N rows:
 
     run, chosen, rejected (N,); weight (N,), a run's weights sum to one; explored (N, 2), the fractions of the
     merged pairs in which y~, the reference's response, was the chosen and the rejected one
@@ -89,12 +86,12 @@ def argmin(history, start, ref_logp, beta, alpha, R_max, steps=80):
     """The rewards in [0, R_max]^V that minimise XPO's objective on each run's history, for S runs at once.
 
     history: of `merge`; start: (S, V), the rewards of the round before; alpha: (S,).
-    DPO's loss is convex in r.  The bonus is linear in r less alpha log Z, and log Z is close to the highest
-    log pi_sft + r / beta: each arm that may be that highest one has a minimum.  So Adam, its learning rate
-    falling to 0, starts from the round before and, for a shorter search, from all unseen arms at R_max and
-    from each arm at R_max with the others at 0; the lowest end is polished.  On a tie the first end is kept,
-    the smallest change of the policy.
-    -> (S, V), its loss in nats a pair (S,)
+    DPO's loss is convex in r.  The bonus is linear in r minus alpha log Z, and log Z is close to the highest
+    log pi_sft + r / beta, so there is a minimum for each arm that can be the highest.  Adam, with a learning
+    rate that falls to 0, starts from the round before and, for a shorter search, from all unseen arms at
+    R_max and from each arm at R_max with the others at 0.  The lowest end is refined; on a tie the first is
+    kept, the smallest change of the policy.
+    -> (S, V), its loss in nats per pair (S,)
     """
     V = start.shape[1]
     run = history["run"]                                  # (N,)
@@ -127,7 +124,8 @@ def argmin(history, start, ref_logp, beta, alpha, R_max, steps=80):
         return best, lowest                               # convex
     unseen = torch.ones(start.numel()).index_fill(0, flat, 0).view_as(start)    # (S, V)
     one_arm = R_max * torch.eye(V)                        # (V, V)
-    for init in (torch.where(unseen > 0, R_max, start), *(row.expand_as(start) for row in one_arm)):
+    starts = [torch.where(unseen > 0, R_max, start)] + [row.expand_as(start) for row in one_arm]
+    for init in starts:
         r, loss = descend(init, SCAN, lr=0.2)
         lower = loss < lowest - 1e-3
         best = torch.where(lower[:, None], r, best)
@@ -138,9 +136,9 @@ def argmin(history, start, ref_logp, beta, alpha, R_max, steps=80):
 def explore(bandit, ratios=RATIOS, beta=0.15, R_max=3.0, rounds=12, pairs=64, seeds=256, seed=0):
     """Algorithm 1 on a one-prompt bandit: `seeds` runs for each alpha / beta in ratios, S runs at once.
 
-    -> results of (ratios, seeds): gap, J(pi*) - J(pi) of the last policy; best, its probability of the best
-    arm; drew, 1 where that arm was ever drawn; and the last problem, {name: argument of argmin}, with its
-    solution (S, V) and loss (S,)
+    -> three of (ratios, seeds): gap, J(pi*) - J(pi) of the last policy; best, its probability of the best
+    arm; drew, 1 where that arm was ever drawn.  And problem, the arguments of the last argmin, with its
+    solution (S, V) and loss (S,).
     """
     gen = torch.Generator().manual_seed(seed)
     V = bandit.reward.shape[1]
@@ -149,7 +147,7 @@ def explore(bandit, ratios=RATIOS, beta=0.15, R_max=3.0, rounds=12, pairs=64, se
     alpha = beta * torch.tensor(ratios).repeat_interleave(seeds)                # (S,)
     run = torch.arange(S).repeat_interleave(pairs)        # (S * pairs,)
     r = torch.full((S, V), R_max / 2)                     # a constant reward: pi_1 = pi_sft
-    played = Rows()
+    played = Columns()
     for t in range(1, rounds + 1):
         logp = (ref_logp + r / beta).log_softmax(-1)      # (S, V)
         arm = logp.exp().multinomial(pairs, replacement=True, generator=gen).flatten()       # (S * pairs,)
@@ -157,46 +155,15 @@ def explore(bandit, ratios=RATIOS, beta=0.15, R_max=3.0, rounds=12, pairs=64, se
         wins = torch.rand(S * pairs, generator=gen) < (reward[arm] - reward[ref_arm]).sigmoid()
         chosen = torch.where(wins, arm, ref_arm)
         rejected = torch.where(wins, ref_arm, arm)
-        played.append(run=run, chosen=chosen, rejected=rejected, explore=ref_arm)
-        problem = {"history": merge(played.columns, V, pairs * t), "start": r, "ref_logp": ref_logp,
+        played.append({"run": run, "chosen": chosen, "rejected": rejected, "explore": ref_arm})
+        problem = {"history": merge(played, V, pairs * t), "start": r, "ref_logp": ref_logp,
                    "beta": beta, "alpha": alpha, "R_max": R_max}
         r, loss = argmin(**problem)
 
     logp = (bandit.ref_logp + r.double() / beta).log_softmax(-1)                # (S, V)
     best = bandit.reward[0].argmax()
-    history = played.columns                              # of (rounds * S * pairs,)
-    has_best = (history["chosen"] == best) | (history["rejected"] == best)
-    drew = history["run"][has_best].bincount(minlength=S) > 0                   # (S,)
+    has_best = (played["chosen"] == best) | (played["rejected"] == best)
+    drew = played["run"][has_best].bincount(minlength=S) > 0                    # (S,)
     return {"gap": suboptimality(bandit, logp, beta).view(-1, seeds),
             "best": logp[:, best].exp().view(-1, seeds), "drew": drew.double().view(-1, seeds),
             "problem": problem, "solution": r, "loss": loss}
-
-
-# ---- what `python -m toy.xpo_bandit` prints ---------------------------------------------------------------
-
-def main():
-    """Prints what online DPO and XPO reach on both bandits, over 256 seeds."""
-    torch.set_num_threads(1)                              # tensors this small gain nothing from threads
-    print("Proposition 2.1: rounds until J(pi*) - J(pi) < 1/8, median [10%, 90%]; J(pi*) - J(pi) after 400")
-    for beta in (0.05, 0.03, 0.02, 0.0167):
-        for ratio in (0.0, 1e-4, 1e-2, 0.1, 1.0):
-            reached, gap = two_arms(beta, ratio * beta)
-            if ratio == 0:
-                reached, _ = two_arms(beta, 0.0, rounds=4000)
-            low, median, high = reached.sort().values[[25, 128, 230]].tolist()
-            print(f"beta {beta:<8}alpha/beta {ratio:<8}{median:.0f} [{low:.0f}, {high:.0f}]".ljust(50),
-                  "{:.3f} ± {:.3f}".format(*mean_ci(gap)))
-
-    for rare, ratios in ((3.4e-4, RATIOS), (0.011, (0.0, 0.003, 0.1))):
-        bandit = twelve_arms(rare)
-        start = suboptimality(bandit, bandit.ref_logp, beta=0.15).item()
-        print(f"\ntwelve arms, pi_sft(best) = {rare}, J(pi*) - J(pi_sft) = {start:.3f}; after 12 rounds")
-        result = explore(bandit, ratios)
-        for ratio, gap, best, drew in zip(ratios, result["gap"], result["best"], result["drew"]):
-            print(f"alpha/beta {ratio:<8}J(pi*) - J(pi)", "{:.3f} ± {:.3f}".format(*mean_ci(gap)),
-                  "  pi(best) {:.2f} ± {:.2f}".format(*mean_ci(best)),
-                  f"  ended on it {(best > 0.5).double().mean():.2f}   ever drew it {drew.mean():.2f}")
-
-
-if __name__ == "__main__":
-    main()

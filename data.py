@@ -35,6 +35,9 @@ class Reviews:
     def first(self, n):
         return self.pick(range(len(self))[:n])
 
+    def lengths(self, T):
+        return [min(len(ids), T) for ids in self.ids]
+
     def labelled(self):
         return self.pick(np.flatnonzero(self.label >= 0))
 

@@ -19,7 +19,7 @@ import stages
 from loop import UserError, atomic, read_csv, read_json, read_tensors, rng, write_csv
 from model import sequence_logprob
 
-# One colour a method (Okabe and Ito's palette: colour-blind readers can tell them apart).
+# One color per method (Okabe and Ito's palette: color-blind readers can tell them apart).
 COLORS = {"exo": "#0072B2", "dpo": "#D55E00", "ppo": "#009E73", "xpo": "#CC79A7", "online-dpo": "#E69F00",
           "best-of-n": "#56B4E9", "sft": "#7F7F7F", "limit": "#000000"}
 LIMITS = {"the limit": {"color": COLORS["limit"]},
@@ -29,7 +29,7 @@ KL_AXIS = "KL$(\\pi \\,\\|\\, \\pi_{sft})$, nats per response"
 
 
 def look(name):
-    """How a line is drawn: the colour tells the method, the style what it learns from."""
+    """How a line is drawn: the color tells the method, the style what it learns from."""
     method = name.split("-")[0]
     style = "--"                                          # pairs
     if "rounds" in name:
@@ -55,20 +55,15 @@ def plot(axes, groups, x, y, gain=False):
         axes.fill_between(xs.mean(0), ys.min(0), ys.max(0), color=style["color"], alpha=0.15, linewidth=0)
 
 
-def canvas(title, xlabel, *ylabels):
+def canvas(run, title, xlabel, *ylabels):
     """A figure with a panel for each ylabel.  -> figure, axes, ..."""
     figure = Figure(figsize=(3 + 4 * len(ylabels), 4.6), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(f"{run.folder.name}: {title}".replace("$", "\\$"))         # else a $ begins a formula
     panels = figure.subplots(1, len(ylabels), squeeze=False)[0]
     for axes, ylabel in zip(panels, ylabels):
         axes.set(xlabel=xlabel, ylabel=ylabel)
         axes.grid(alpha=0.25)
     return figure, *panels
-
-
-def escaped(run):
-    """The run's name for a title, where a $ would begin a formula."""
-    return run.folder.name.replace("$", "\\$")
 
 
 def save(figure, path):
@@ -83,16 +78,15 @@ def draw(run):
     if not groups:
         raise UserError(f"{run.folder} holds no finished alignment yet: run train.py first")
     sampled = {name: reward.numpy() for name, reward in stages.limit(run).items()}        # (P, M) each
-    name = escaped(run)
-    figure, axes = canvas(f"{name}: reward against KL", KL_AXIS, "gain in reward")        # Figure 2
+    figure, axes = canvas(run, "reward against KL", KL_AXIS, "gain in reward")            # Figure 2
     frontier(axes, groups, sampled, run.folder / "frontier.csv")
     save(figure, run.folder / "frontier.png")
 
-    figure, axes = canvas(f"{name}: accuracy against KL", KL_AXIS, "mean P(positive)")    # Figure 7
+    figure, axes = canvas(run, "accuracy against KL", KL_AXIS, "mean P(positive)")        # Figure 7
     plot(axes, groups, "kl", "accuracy")
     save(figure, run.folder / "accuracy.png")
 
-    figure, reward, spread = canvas(f"{name}: on the way", "step", "reward",              # Figure 8
+    figure, reward, spread = canvas(run, "on the way", "step", "reward",                  # Figure 8
                                     "standard deviation of a prompt's rewards")
     plot(reward, groups, "step", "reward")
     plot(spread, groups, "step", "within_prompt_sd")
@@ -136,8 +130,8 @@ def density(run, groups):
     drawn = stages.answers(run, ref, run.prompts("evaluated", 1), M, rng("density"), measure)
     drawn = {name: column[0].double().numpy() for name, column in drawn.items()}        # (M,) each
     grid = np.linspace(*np.percentile(drawn["ref"], [2, 98]), 100)              # (G,)
-    figure, axes = canvas(f"{escaped(run)}: density ratio on one prompt",
-                          "$\\log \\pi_{sft}$ of a response, nats", "$\\pi / \\pi_{sft}$")
+    figure, axes = canvas(run, "density ratio on one prompt", "$\\log \\pi_{sft}$ of a response, nats",
+                          "$\\pi / \\pi_{sft}$")
     for name in ("optimum", *groups):
         if name == "optimum":
             log_weight, style = drawn[name], {"color": COLORS["limit"]}
@@ -181,7 +175,7 @@ def table(run, groups, sampled):
         line = (f"{row['run']:28} {row['reward']:6.2f} ± {row['reward_se']:.2f} {row['kl']:6.2f} "
                 f"{row['objective_share']:6.0%} ± {row['objective_share_se']:3.0%} {row['kl_ratio']:10.1f} "
                 f"{row['wins_sft']:14.0%} {row['wins_data']:6.0%}")
-        print(re.sub("nan%?", "–", line))
+        print(re.sub(r"\bnan\b%?", "–", line))
 
 
 def write_samples(run, folder, before, after, n=8):

@@ -5,6 +5,7 @@ weights load by equal names and transformers opens a saved folder as the same mo
 prompt, one contiguous response, then padding.  Padding is on the right, so causal attention never sees it and
 positions are 0..T-1.  N rows, T tokens, C channels, H heads, D = C / H, V vocabulary.
 """
+import copy
 import math
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -148,14 +149,12 @@ TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "ml
 
 
 class ScalarGPT(nn.Module):
-    """GPT-2 with one number a position: an oracle's log-odds, a reward model's reward, a critic's value."""
+    """GPT-2 with one number per position: an oracle's log-odds, a reward model's reward, a critic's value."""
 
     def __init__(self, gpt, eos_id):
         super().__init__()
         self.eos_id = eos_id
-        self.transformer = GPT(gpt.config)
-        self.transformer.bf16 = gpt.bf16
-        self.transformer.load_state_dict(gpt.state_dict())
+        self.transformer = copy.deepcopy(gpt)
         self.score = nn.Linear(gpt.config.n_embd, 1, bias=False)    # official code: no bias
         nn.init.zeros_(self.score.weight)                           # ours: the first output is 0 everywhere
 
@@ -192,7 +191,7 @@ class HeadLogprob(torch.autograd.Function):
 
     Backward makes a chunk's logits again and, with the log-sum-exp that forward kept, the probabilities p:
         d/dh = W_y - p W,        d/dW = (onehot(y) - p)^T h,        times each row's incoming gradient g.
-    Written out, as torch.utils.checkpoint makes a (V, C) gradient a chunk: 2 to 3 times the memory of a step.
+    Written out: torch.utils.checkpoint holds a (V, C) gradient per chunk, 2 to 3 times the memory of a step.
     """
 
     @staticmethod
@@ -324,7 +323,7 @@ def generate(model, prompt_ids, max_new_tokens, temperature=1.0, eos_id=None, ge
 
 def sample(logits, uniform):
     """One draw a row by the inverse of the distribution function.  (N, V) float32, (N,) in [0, 1) -> (N,)"""
-    cdf = (logits - logits.amax(-1, keepdim=True)).exp().cumsum(-1)         # (N, V), not normalised
+    cdf = logits.softmax(-1).cumsum(-1)                                     # (N, V)
     point = uniform[:, None] * cdf[:, -1:]          # (N, 1), below cdf[:, -1] after rounding too: uniform < 1
     token = torch.searchsorted(cdf, point, right=True).squeeze(1)           # (N,), the first with cdf > point
     return token.clamp(max=logits.shape[1] - 1)     # only nan logits reach V: the next loss will say so

@@ -50,8 +50,7 @@ class Config:
     tokenizer: str = opt("tiny", ALL, "tiny: the grammar's words, bytes; gpt2; gpt2-4096: its first 4,096")
     sft_reviews: int = opt(60_000, ALL, "training reviews [official code: 25,000]")
     prompt_tokens: int = opt(6, ALL, "first tokens of a review that make a prompt [official code: 10]")
-    new_tokens: int = opt(66, ALL, "longest response, in tokens [official code: 500]; with your data both "
-                          "are at most the file's longest")
+    new_tokens: int = opt(66, ALL, "longest response, in tokens [official code: 500]")
     # model
     init: str = opt("", ALL, "start from gpt2, gpt2-medium, -large, -xl or a folder; default: from scratch")
     n_layer: int = opt(2, ALL, "layers, from scratch [ours]")
@@ -69,8 +68,8 @@ class Config:
     oracle_lr: float = opt(1e-3, ALL, "peak learning rate [official code: 1e-5]")
     prompts: int = opt(4096, f"{SAMPLED} xpo", "training prompts [official code: 25,000]")
     responses: int = opt(4, SAMPLED, "of pi_sft to each prompt [paper: up to 8]")
-    labels: str = opt("bt", f"reward_model {ALIGN}", "who wins a pair: a Bradley-Terry draw [ours]; argmax "
-                      "[official code]", ["bt", "argmax"])
+    labels: str = opt("bt", f"reward_model {ALIGN}", "how a pair's winner is found [official code: argmax]",
+                      ["bt", "argmax"])
     rm_steps: int = opt(800, MODELLED, "steps [official code: 3 epochs]")
     rm_responses: int = opt(2, MODELLED, "responses to a prompt whose pairs it learns from [paper: 2]")
     rm_batch: int = opt(32, MODELLED, "prompts per step, with all their pairs [official code: 128 pairs]")
@@ -82,8 +81,8 @@ class Config:
     beta_pi: float = opt(0.5, ALIGN, "scales the log-ratio; DPO's beta on pairs [official code: 0.1]")
     beta_r: float = opt(1.0, f"{SCORED} ppo", "divides the reward; beta = beta_pi beta_r [official: 0.1]")
     eps: float = opt(1e-3, "exo", "label smoothing of EXO's pairs [paper]")
-    reward: str = opt("model", f"{SCORED} ppo", "what -rw and PPO maximize: a reward model of pairs, or the "
-                      "oracle, to see what the reward model costs [ours]", ["model", "oracle"])
+    reward: str = opt("model", f"{SCORED} ppo", "the reward that -rw and PPO maximize [paper: model]",
+                      ["model", "oracle"])
     num_candidates: int = opt(4, SCORED, "K, responses per prompt of -rw [paper: up to 8]")
     rounds: int = opt(1, SCORED, "times that -rw draws responses, from the present policy [paper: 1]")
     ppo_steps: int = opt(80, "ppo", "PPO's iterations [ours]")
@@ -99,8 +98,7 @@ class Config:
     eval_prompts: int = opt(256, EVALUATED, "prompts of evaluation [paper: 512]")
     eval_split: str = opt("test", f"limit {EVALUATED}", "whose prompts; train: to choose settings [ours]",
                           ["test", "train"])
-    judge: str = opt("", f"limit {EVALUATED}", "FILE.py:NAME, a function of prompts and responses that gives "
-                     "rewards: used for evaluation, no method trains on it; default: the oracle")
+    judge: str = opt("", f"limit {EVALUATED}", "FILE.py:NAME, the reward that evaluates; default: the oracle")
     eval_samples: int = opt(4, EVALUATED, "responses to each [paper]")
     limit_prompts: int = opt(32, "limit", "of them, those that the limit uses [ours]")
     limit_responses: int = opt(1024, "limit", "responses of pi_sft each [ours]")
@@ -155,8 +153,7 @@ SMOKE = dict(init="", n_layer=2, n_head=2, n_embd=32, sft_reviews=2_000, sft_ste
 def parse(argv=None):
     """The command line -> Config.  A usage error is one sentence, exit status 2."""
     parser = argparse.ArgumentParser(prog="train.py", argument_default=argparse.SUPPRESS, allow_abbrev=False,
-                                     usage="python train.py --method exo ..., or --help for every flag",
-                                     description="Aligns GPT-2 by EXO, DPO, PPO or XPO: reviews to figures.")
+                                     usage="python train.py --method exo ..., or --help for every flag")
     for setting in fields(Config):
         default, metadata = getattr(Config(), setting.name), setting.metadata
         if setting.type is bool:
@@ -206,11 +203,9 @@ def problems(cfg):
         yield f"--n-embd must be a multiple of --n-head, got {cfg.n_embd} and {cfg.n_head}"
     if not re.fullmatch(r"tiny|gpt2(-\d{3,5})?", cfg.tokenizer):
         yield f"--tokenizer must be tiny, gpt2 or a form of gpt2-4096, got {cfg.tokenizer}"
-    if not cfg.run:
-        yield "--run must name a folder"
+    if not cfg.own and cfg.data not in ("tiny", "imdb"):
+        yield f"--data must be tiny, imdb or a .jsonl file, got {cfg.data}"
     if not cfg.own:
-        if cfg.data not in ("tiny", "imdb"):
-            yield f"--data must be tiny, imdb or a .jsonl file, got {cfg.data}"
         if cfg.rounds > min(cfg.align_steps, cfg.prompts // cfg.align_batch):
             yield f"--rounds must be at most --align-steps and --prompts / --align-batch, got {cfg.rounds}"
         if not 2 <= cfg.num_candidates <= cfg.responses or not 2 <= cfg.rm_responses <= cfg.responses:

@@ -12,7 +12,6 @@ import runpy
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -168,11 +167,6 @@ def trained(run, folder, model, optimizers, loss_of, lr, steps, batch_of, rows_e
         log.write(step=step + 1, **means)
 
 
-def lengths(run, reviews):
-    """(n,) tokens of each review, as far as the context holds them."""
-    return torch.tensor([min(len(ids), run.T) for ids in reviews.ids])
-
-
 @stage
 def sft(run, folder):
     """pi_sft: maximum likelihood of the reviews' responses, not of prompts (official code)."""
@@ -184,7 +178,7 @@ def sft(run, folder):
     train, test, n = run.reviews["train"].first(cfg.sft_reviews), run.reviews["test"].first(1000), 0
     if cfg.sft_stretches:
         train, n = train.behind_stretches(run.T)                                         # n stretches first
-    length = lengths(run, train)                                                         # (all,)
+    length = torch.tensor(train.lengths(run.T))                                          # (all,)
 
     def batch_of(step):
         if step < cfg.sft_stretches:
@@ -213,7 +207,7 @@ def oracle(run, folder):
     cfg = run.cfg
     scorer = ScalarGPT(run.gpt(sft(run)), run.eos_id).to(run.device)
     train, test = run.reviews["train"].labelled(), run.reviews["test"].labelled()
-    length = lengths(run, train)
+    length = torch.tensor(train.lengths(run.T))                                          # (all,)
 
     def loss_of(part, reviews=train):
         some = reviews.pick(part.tolist())
@@ -341,7 +335,10 @@ def judge(run):
 
 @stage
 def responses(run, folder):
-    """Responses to each training prompt, pi_sft's or a user's.  ids, mask: (P, K, T); ref_logp, reward: (P, K)"""
+    """Responses to each training prompt, pi_sft's or a user's.
+
+    responses.safetensors: ids, mask (P, K, T); ref_logp, reward (P, K).
+    """
     cfg, policy = run.cfg, run.gpt(sft(run))
     if cfg.own:
         sampled = own_responses(run, policy, "train")
@@ -439,13 +436,8 @@ def evaluation(run, policy, ref, reward, generator):
     return answers(run, policy, prompts, cfg.eval_samples, generator, columns)
 
 
-def faulty(run, samples):
-    """The share of faulty sentences in responses to the grammar's prompts.  samples: from `evaluation`"""
-    responses = texts(run, samples["ids"].flatten(0, 1), samples["mask"].flatten(0, 1))
-    return float(np.mean([data.faulty(text) for text in responses]))
-
-
 def texts(run, ids, mask):
-    """The responses' texts, without their end-of-text.  (N, T), (N, T) -> N strings"""
+    """The responses' texts, without their end-of-text.  (..., T), (..., T) -> a list of strings"""
+    ids, mask = ids.flatten(0, -2), mask.flatten(0, -2)                                  # (N, T) each
     kept = mask & (ids != run.eos_id)                                                    # (N, T)
     return [run.encoding.decode(row[on].tolist()) for row, on in zip(ids, kept)]

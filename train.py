@@ -12,6 +12,7 @@ import sys
 
 import torch
 
+import data
 import figures
 import ppo
 import stages
@@ -77,20 +78,17 @@ def align_by_comparison(run, alignment):
             logp = sequence_logprob(policy, ids, mask, cfg.temperature).view(-1, K)      # (b, K)
             loss = loss_of(method, logp, c, cfg) * len(part)
             loss.backward()
-            sums.add(len(part), loss=loss, **implicit_rewards(method, logp.detach(), c, cfg.beta_pi))
+            sums.add(len(part), loss=loss, **implicit_rewards(logp.detach(), c, cfg.beta_pi))
         lr = cfg.align_lr * cosine(step, len(schedule))
         means = update([alignment.optimizer], lr, sums, f"{method}, step {step + 1}")
         alignment.metrics.write(step=step + 1, lr=lr, **means)
 
 
-def implicit_rewards(method, logp, c, beta_pi):
+def implicit_rewards(logp, c, beta_pi):
     """beta_pi h of the best and the worst response, how often the best's is higher.  -> {name: sum over b}"""
     h = beta_pi * (logp - c["ref_logp"])                                         # (b, K)
-    if method in SCORED:
-        best, worst = c["reward"].argmax(1, True), c["reward"].argmin(1, True)   # (b, 1) each
-        best, worst = h.gather(1, best).squeeze(1), h.gather(1, worst).squeeze(1)
-    else:
-        best, worst = h.unbind(1)                                                # (b,) each
+    best = h.gather(1, c["reward"].argmax(1, keepdim=True))                      # (b, 1)
+    worst = h.gather(1, c["reward"].argmin(1, keepdim=True))                     # (b, 1)
     return {"chosen": best.sum(), "rejected": worst.sum(), "accuracy": (best > worst).sum()}
 
 
@@ -110,16 +108,13 @@ def candidates(run, alignment, t):
     if method in SCORED and cfg.rounds > 1:
         return fresh_responses(run, alignment, t)
     sampled = read_tensors(stages.responses(run) / "responses.safetensors")
-    P, K = sampled["reward"].shape
+    if method in SCORED and cfg.reward == "model" and not cfg.own:
+        sampled |= read_tensors(stages.reward_model(run) / "rewards.safetensors")
+    K = cfg.num_candidates if method in SCORED else 2
+    first = {name: column[:, :K] for name, column in sampled.items()}                    # (P, K, ...)
     if method in SCORED:
-        order = torch.arange(min(K, cfg.num_candidates)).expand(P, -1)                   # (P, K)
-        if cfg.reward == "model" and not cfg.own:
-            sampled |= read_tensors(stages.reward_model(run) / "rewards.safetensors")
-    else:
-        winner = stages.winners(run, sampled["reward"], stages.PAIR, "train")            # (P, 1)
-        order = torch.cat([winner, 1 - winner], dim=1)                                   # (P, 2)
-    row = torch.arange(P)[:, None]                                                       # (P, 1)
-    return {name: column[row, order] for name, column in sampled.items()}
+        return first
+    return xpo.pairs(first, stages.winners(run, first["reward"], stages.PAIR, "train").squeeze(1))
 
 
 def prompts_of_round(run, alignment, t, n):
@@ -177,9 +172,9 @@ def align_by_ppo(run, alignment):
         stats = ppo.iteration(
             alignment.policy, alignment.ref, critic, alignment.optimizer, critic_optimizer, reward,
             [prompts[i] for i in index], policy_lr=cfg.ppo_lr * factor, critic_lr=cfg.ppo_critic_lr * factor,
-            beta=cfg.beta_pi * cfg.beta_r, new_tokens=cfg.new_tokens, T=run.T,
-            temperature=cfg.temperature, eos_id=run.eos_id, generator=run.rng("ppo", seed, step), critic_only=step < alone, micro_batch=cfg.micro_batch,
-            sample_batch=cfg.sample_batch)
+            beta=cfg.beta_pi * cfg.beta_r, new_tokens=cfg.new_tokens, T=run.T, temperature=cfg.temperature,
+            eos_id=run.eos_id, generator=run.rng("ppo", seed, step), critic_only=step < alone,
+            micro_batch=cfg.micro_batch, sample_batch=cfg.sample_batch)
         alignment.metrics.write(step=step + 1, **stats)
 
 
@@ -229,7 +224,8 @@ class Alignment:
     def write_evaluation(self, step, samples):
         row = summary(samples, self.run.eos_id)
         if self.run.cfg.data == "tiny":
-            row |= {"faulty": stages.faulty(self.run, samples)}
+            texts = stages.texts(self.run, samples["ids"], samples["mask"])
+            row["faulty"] = sum(map(data.faulty, texts)) / len(texts)
         if self.run.cfg.own:
             row |= stages.implicit(self.run, self.policy, self.ref)
         self.evaluations.write(step=step, **row)

@@ -1,6 +1,6 @@
 """Speed and memory next to the peers, in one run:  pip install -r requirements-bench.txt && python -m bench
 
-An EXO step next to TRL's DPOTrainer and to one that holds all logits; sampling next to transformers' `generate`.
+An EXO step next to TRL's and to one that holds all logits; sampling next to transformers' `generate`.
 Each entrant is a process of its own, one at a time, twice in the order A B C A B C.  Seconds are medians over
 its turns, memory is the peak.  With CUDA: wall seconds, bfloat16, memory of tensors.  Without: CPU seconds of
 one thread, float32, resident memory.  Reference log-probs that are stored are made before the clock starts.

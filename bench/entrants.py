@@ -136,7 +136,8 @@ def sampling_transformers(case, turns):
                        temperature=TEMPERATURE, min_length=case.T, max_length=case.T, pad_token_id=case.V - 1)
 
 
-EXO = {"this repository": exo_step, "all logits, as in nanoGPT": partial(exo_step, logprob=all_logits_logprob),
+EXO = {"this repository": exo_step,
+       "all logits, as in nanoGPT": partial(exo_step, logprob=all_logits_logprob),
        "TRL, live reference": trl_step, "TRL, precomputed reference": partial(trl_step, precompute=True)}
 SAMPLING = {"this repository": sampling, "transformers": sampling_transformers}
 

@@ -1,4 +1,4 @@
-"""What several tests share: finished small runs, a small random GPT-2, the real IMDB reviews where they are."""
+"""What several tests share: a finished small run, a small random GPT-2, the real IMDB reviews."""
 import contextlib
 import io
 import os

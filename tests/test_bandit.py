@@ -79,17 +79,6 @@ def test_gradient_study_at_K_2_is_the_enumeration(method):
     torch.testing.assert_close(study[method, 2]["bias"], bias, atol=0.03, rtol=0)
 
 
-@each_reward_loss
-def test_equal_candidates_may_be_merged(loss):
-    """What makes K = 1024 cheap: c equal candidates act as one with log c added in both softmaxes."""
-    groups = toy.sample_groups(BANDIT, 1, 8)              # (B, 1, 8)
-    counts = F.one_hot(groups, 24).sum(2).double()        # (B, 1, V)
-    logits = toy.near_reference(BANDIT).requires_grad_()
-    value = toy.reward_loss(loss, BANDIT, toy.softmax_policy(logits), groups, beta_r=0.2, beta_pi=0.5)
-    merged = toy.group_gradients(loss, BANDIT, logits.detach(), counts, beta_r=0.2, beta_pi=0.5)
-    torch.testing.assert_close(merged[:, 0], toy.grad(24 * value, logits))
-
-
 # ---- which losses recover pi* -----------------------------------------------------------------------------
 
 def test_what_recovers_the_optimum_and_what_does_not():
@@ -197,21 +186,6 @@ def test_lower_bound():
             reached, gap = xpo_bandit.two_arms(beta, alpha)
             assert (reached == 1).double().mean() > 0.9   # in the other runs a was drawn at once, but lost
             assert gap.max() < 0.01 if alpha == beta else gap.mean() > 0.015
-
-
-def test_argmin_on_a_grid_agrees_with_adam():
-    """The two solvers of Algorithm 1's argmin, on a two-arm history."""
-    ref_logp, chosen = torch.tensor([0.1, 0.9]).log(), torch.tensor([0] * 6 + [1] * 4)
-    pairs = {"run": torch.zeros(10).long(), "chosen": chosen, "rejected": 1 - chosen, "explore": 1 - chosen}
-    history = xpo_bandit.merge(pairs, 2, 10)
-    r, loss = xpo_bandit.argmin(history, torch.ones(1, 2), ref_logp, 0.3, torch.tensor([0.03]), R_max=1.0)
-    d = torch.linspace(-1, 1, 401)
-    logp = (ref_logp + torch.stack([d, -d], 1) / 0.6).log_softmax(-1)           # (401, 2)
-    arms = torch.stack([chosen, 1 - chosen], 1)           # (10, 2)
-    grid = [xpo_loss(row[arms], ref_logp[arms], row[1 - chosen], beta=0.3, alpha=0.03) for row in logp]
-    lowest, place = torch.stack(grid).min(0)
-    assert loss.item() == pytest.approx(lowest.item(), abs=1e-5)
-    assert (r[0, 0] - r[0, 1]).item() == pytest.approx(d[place].item(), abs=5e-3)
 
 
 def won_by_searching_again(result, seed, **settings):

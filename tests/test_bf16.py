@@ -1,7 +1,6 @@
 """Products in bfloat16, as on a GPU: log-probs stay close to float32's, and step 0 stays at the reference."""
 import copy
 
-import pytest
 import torch
 
 from model import generate, sequence_logprob, token_logprob
@@ -20,14 +19,3 @@ def test_in_bfloat16_step_0_is_the_reference_and_the_policy_is_nearly_the_same(g
     in_parts = [token_logprob(low, *part, 0.8) for part in zip(ids.split(7), mask.split(7))]
     assert (torch.cat(in_parts) - logp).abs().max() < 1e-4           # PPO's first ratio is one
     assert low.head(low.hidden(ids)).dtype == torch.float32          # the logits, and so the log-softmax
-
-
-def test_gradients_in_bfloat16_point_where_those_in_float32_do(gpt):
-    ids = torch.randint(13, (32, 20), generator=torch.Generator().manual_seed(0))
-    mask = (torch.arange(20) > 3).expand(32, 20)
-    gradients = []
-    for gpt.bf16 in (False, True):
-        loss = -sequence_logprob(gpt, ids, mask, 0.8).mean()
-        gradient = torch.autograd.grad(loss, list(gpt.parameters()))
-        gradients.append(torch.cat([g.flatten() for g in gradient]))
-    assert torch.cosine_similarity(*gradients, dim=0) == pytest.approx(1, abs=1e-2)

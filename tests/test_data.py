@@ -91,8 +91,8 @@ def test_what_is_not_a_whole_archive_of_imdb_is_refused(tmp_path):
     cut.write_bytes(path.read_bytes()[:200])
     page = tmp_path / "page.tar.gz"
     page.write_text("<html>404</html>")
-    for damaged in (cut, page, tmp_path / "nowhere.tar.gz"):
-        refused(lambda path=damaged: list(data.read_imdb([path])), damaged, "missing, damaged or not an archive")
+    for path in (cut, page, tmp_path / "nowhere.tar.gz"):
+        refused(lambda path=path: list(data.read_imdb([path])), path, "is missing, damaged or not an archive")
     other = archive(tmp_path / "other.tar.gz", {"aclImdb/README": b"no review"})
     refused(lambda: list(data.read_imdb([other])), other, "holds no reviews")
 
@@ -103,12 +103,13 @@ def test_reviews_are_tokenized_again_only_if_their_content_has_changed(tmp_path,
     first = data.load_imdb(paths, sha256, ENCODING)
     assert first["train"].label.tolist() == [0, 1, 1, -1] and first["test"].label.tolist() == [0]
     texts = [ENCODING.decode(ids.tolist()) for split in ("test", "train") for ids in first[split].ids]
-    assert texts == [text for _, _, text in REVIEWS]                  # a text that names <|endoftext|> goes on
+    assert texts == [text for _, _, text in REVIEWS]                  # one that names <|endoftext|> goes on
     read = data.read_imdb
     monkeypatch.setattr(data, "read_imdb", lambda paths: pytest.fail("read again"))
     assert len(data.load_imdb(paths, sha256, ENCODING)["train"]) == 4
     monkeypatch.setattr(data, "read_imdb", read)
-    changed = data.imdb_archives([archive(tmp_path / "a.tar.gz", FILES | {"aclImdb/test/pos/2_9.txt": b"Ah."})])
+    more = FILES | {"aclImdb/test/pos/2_9.txt": b"Ah."}
+    changed = data.imdb_archives([archive(tmp_path / "a.tar.gz", more)])
     assert len(data.load_imdb(*changed, ENCODING)["test"]) == 2
 
 
@@ -163,15 +164,6 @@ def test_what_the_grammar_cannot_derive_is_faulty(response, share):
     assert data.faulty(response) == share
 
 
-def test_tiny_reviews_are_always_the_same_and_the_splits_differ():
-    loaded = data.load_tiny(30, 20, ENCODING)
-    for split, first_words in (("train", "Last week you streamed"), ("test", "On Saturday he rented")):
-        texts, labels, _ = data.tiny_reviews(len(loaded[split]), seed=split)
-        assert [ENCODING.decode(ids.tolist()) for ids in loaded[split].ids] == texts
-        assert loaded[split].label.tolist() == labels.tolist()
-        assert texts[0].startswith(first_words)
-
-
 def test_every_word_is_a_token_six_are_the_prompt_and_a_review_fits_72(tiny):
     for text in tiny[0][:2000]:
         assert len(ENCODING.encode_ordinary(text)) == len(text.split())
@@ -216,7 +208,7 @@ SCORED = {"prompt": "This film", "responses": [" was fine", " was bad", " was go
 
 
 def read(tmp_path, *lines):
-    """What a file's first lines hold, before enough others: (prompt, responses, rewards) of each; the longest."""
+    """What a file's first lines hold: a list of (prompt, responses, rewards); the longest.  Others follow."""
     path = tmp_path / "prefs.jsonl"
     lines = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines]
     kind = SCORED if lines[0].find(b"rewards") > 0 else PAIR
@@ -254,7 +246,7 @@ def test_one_prompt_in_ten_is_held_out_whole_and_whatever_the_order():
 @pytest.mark.parametrize("good, bad, reason", [
     (PAIR, b'{"prompt": "a" "chosen": "b"}', "Expecting ',' delimiter"), (PAIR, b"null", "TypeError"),
     (PAIR, {"prompt": "a", "chosen": "b"}, "'rejected'"), (PAIR, PAIR | {"chosen": None}, "an empty text"),
-    (PAIR, PAIR | {"chosen": 3}, "TypeError"), (PAIR, PAIR | {"prompt": " film" * 100}, "raise --prompt-tokens"),
+    (PAIR, PAIR | {"prompt": " film" * 51}, "raise --prompt-tokens"),
     (SCORED, SCORED | {"rewards": [1, 2, float("nan")]}, "not a finite number"),
     (SCORED, SCORED | {"rewards": [1, 2]}, "not a reward for each"), (PAIR, SCORED, "the first line has 2")])
 def test_a_faulty_line_is_named_by_file_line_and_reason(tmp_path, good, bad, reason):

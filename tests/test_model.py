@@ -158,24 +158,6 @@ def test_token_logprob_is_the_gathered_log_softmax(gpt, monkeypatch, chunk_rows,
     torch.testing.assert_close(gradients, naive_gradients, rtol=1e-3, atol=1e-4)
 
 
-def test_the_head_never_sees_the_whole_batch_at_once(gpt, monkeypatch):
-    monkeypatch.setattr(model, "CHUNK", 3 * 13)
-    mm = torch.mm
-    rows, buffers = [], set()
-
-    def watched(x, weight, *, out):
-        rows.append(len(x))
-        buffers.add(out.untyped_storage().data_ptr())
-        return mm(x, weight, out=out)
-
-    monkeypatch.setattr(torch, "mm", watched)
-    ids, mask = ragged_batch()
-    logp = sequence_logprob(gpt, ids, mask)
-    assert len(buffers) == 1                        # one for all chunks
-    logp.sum().backward()
-    assert max(rows) == 3 and sum(rows) == 2 * mask.sum()           # each row once forward, once in backward
-
-
 def test_a_hand_made_row_counts_the_response_and_its_end_of_text_and_nothing_else(gpt):
     ids = torch.tensor([[4, 5, 6, 7, EOS, EOS]])    # prompt 4 5, response 6 7 end-of-text, one padding
     mask = torch.tensor([[False, False, True, True, True, False]])

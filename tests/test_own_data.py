@@ -1,4 +1,4 @@
-"""Runs on a user's own preferences: from the file to aligned policies, judged by the reward model or a judge."""
+"""Runs on a user's own preferences: from the file to policies, judged by a reward model or a judge."""
 import csv
 import json
 import random
@@ -37,7 +37,8 @@ def read_csv_of_names(path):
 
 
 def align(folder, file, *flags):
-    return run_train("--preset", "tiny", "--smoke", "--tokenizer", "tiny", "--data", file, "--run", folder, *flags)
+    usual = ["--preset", "tiny", "--smoke", "--tokenizer", "tiny"]
+    return run_train(*usual, "--data", file, "--run", folder, *flags)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def pairs(tmp_path_factory):
 
 def test_a_file_of_pairs_leaves_what_reviews_leave_judged_by_a_reward_model(pairs):
     run, _, printed = pairs
-    for name in ("frontier.png", "curves.png", "density.png", "exo-s0/samples.md", "exo-s0/model.safetensors"):
+    for name in ("frontier.png", "curves.png", "density.png", "exo-s0/samples.md"):
         assert (run / name).exists(), name
     assert not (run / "oracle").exists()
     accuracy = read_json(run / "reward_model/report.json")["accuracy"]
@@ -126,7 +127,8 @@ def test_a_judge_of_ones_own_is_for_evaluation_and_no_method_trains_on_it(pairs,
     assert samples["reward"].flatten().tolist() == pytest.approx(expected)
     sample.main([str(tmp_path / "with"), "--prompt", "Film number 0 was", "--n", "1"])
     name, reward, text = capsys.readouterr().out.splitlines()[-2].split(maxsplit=2)
-    assert name == "sft" and float(reward) == pytest.approx(own["score"](["Film number"], [text])[0], abs=0.006)
+    assert name == "sft"
+    assert float(reward) == pytest.approx(own["score"](["Film number"], [text])[0], abs=0.006)
     judge.write_text(JUDGE.replace("0.1", "0.2"))
     ended = align(tmp_path / "with", file, "--judge", f"{judge}:score", "--label", "x")
     assert ended.code == 1 and "reference was made with judge = " in ended.err

@@ -8,9 +8,9 @@ import pytest
 import torch
 from conftest import SMALL, small
 
-from loop import Sums, UserError, join_processes, my_rows, read_tensors, rng, update
-from model import GPT, GPTConfig, respond, sequence_logprob
 from exo import exo_loss
+from loop import Sums, UserError, join_processes, my_rows, read_tensors, update
+from model import GPT, GPTConfig, sequence_logprob
 
 ROOT = Path(__file__).parent.parent
 B, K, T, V = 7, 4, 12, 11                                 # 7 prompts: two processes get 4 and 3 of them
@@ -18,9 +18,9 @@ B, K, T, V = 7, 4, 12, 11                                 # 7 prompts: two proce
 
 def torchrun(*command):
     """The command in two processes, as torchrun starts them, on the CPU.  -> what they printed"""
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--", *command]
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(line, capture_output=True, text=True, env=environment)
+    done = subprocess.run([*line, *command], capture_output=True, text=True, env=environment)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -45,25 +45,15 @@ def ten_steps():
     return torch.cat([p.detach().flatten() for p in gpt.parameters()]), torch.tensor(means)
 
 
-def first_tokens():
-    """Of the rows that answer 5 prompts: two at a time, and one alone."""
-    torch.manual_seed(0)
-    gpt = GPT(GPTConfig(2, 2, 16, 6, 8))
-    prompts = [[1, 2], [3], [4, 5, 1], [2], [1]]
-    answers = respond(gpt, prompts, 5, 8, 1.0, 0, rng("answers"), 2, lambda ids, mask: {"first": ids[:, 0]})
-    return answers["ids"]
-
-
 def test_two_processes_take_the_steps_of_one_and_hold_the_same_bits(tmp_path):
     code, printed = torchrun(__file__, str(tmp_path))
     assert code == 0, printed
     assert printed.count("process 0 alone prints") == 1
     weights, means = ten_steps()
     processes = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    for other_weights, other_means, answers in processes:
+    for other_weights, other_means in processes:
         torch.testing.assert_close(other_weights, weights, atol=1e-5, rtol=0)
         torch.testing.assert_close(other_means, means, atol=0, rtol=1e-4)
-        assert torch.equal(answers, first_tokens())
     assert torch.equal(processes[0][0], processes[1][0])
 
 
@@ -87,4 +77,4 @@ if __name__ == "__main__":                                # one of the two proce
     try:
         my_rows(torch.arange(1))
     except UserError:
-        torch.save((*ten_steps(), first_tokens()), Path(sys.argv[1]) / f"{os.environ['RANK']}.pt")
+        torch.save(ten_steps(), Path(sys.argv[1]) / f"{os.environ['RANK']}.pt")

@@ -22,8 +22,8 @@ BLOCKS = re.findall(r"```\w*\n(.*?)```", README, re.DOTALL)
 LINES = [line for block in BLOCKS for line in block.splitlines() if line.startswith(("python ", "torchrun "))]
 COMMANDS = [shlex.split(line, comments=True) for line in LINES]
 NAMES = sorted(set(re.findall(r"`([^`\n]+)`", README)))
-MODULES = ("exo", "dpo", "xpo", "ppo", "model", "data", "stages", "evaluate", "figures", "train", "toy.bandit",
-           "toy.xpo_bandit")
+MODULES = ("exo", "dpo", "xpo", "ppo", "model", "data", "stages", "evaluate", "figures", "train",
+           "toy.bandit", "toy.xpo_bandit")
 
 
 # ---- names --------------------------------------------------------------------------------------------
@@ -92,7 +92,7 @@ def small(command, place):
     names = {name: str(place / name) for name in ("pairs.py", "prefs.jsonl", "aclImdb_v1.tar.gz")}
     names |= {"pairs.py:score": str(place / "pairs.py:score"), "runs/tiny": str(place / "tiny"),
               "runs/tiny-prefs": str(place / "judged"), "--nproc_per_node=4": "--nproc_per_node=2"}
-    command = [names.get(word, word) for word in command if word not in ("1", "2")]     # one seed says as much
+    command = [names.get(word, word) for word in command if word not in ("1", "2")]      # one seed only
     if command[0] == "torchrun":
         command = ["python", "-m", "torch.distributed.run", "--standalone", *command[1:]]
     if "train.py" in command:

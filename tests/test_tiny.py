@@ -38,7 +38,8 @@ def tiny(tmp_path_factory):
     sampled = read_tensors(folder / "limit-and-model" / "rewards.safetensors")
     start, *rows = read_csv(folder / "exo-s0" / "eval.csv")
     assert start["step"] == 0 and len(rows) == 8
-    return SimpleNamespace(folder=folder, peak=max(peaks), limit=sampled["reward"].numpy(), start=start, rows=rows)
+    limit = sampled["reward"].numpy()                                # (P, M)
+    return SimpleNamespace(folder=folder, peak=max(peaks), limit=limit, start=start, rows=rows)
 
 
 # ---- what is reached ----------------------------------------------------------------------------------
@@ -102,7 +103,7 @@ def test_no_checkpoint_beats_the_limit_and_a_kl_per_token_would_be_caught(tiny):
     moved = tiny.limit.mean() - tiny.start["reward"]                 # to the limit's prompts
     caught = 0
     for row in tiny.rows:
-        allowed = 4 * math.hypot(row["reward_se"], tiny.start["reward_se"]) + 0.02       # and the limit's bias
+        allowed = 4 * math.hypot(row["reward_se"], tiny.start["reward_se"]) + 0.02       # the limit's bias
         assert gap_to_limit(curve, row["reward"] + moved, row["kl"]) >= -allowed, row["step"]
         assert gap_to_limit(curve, row["reward"] + moved, row["kl_k1"]) >= -allowed, row["step"]
         caught += gap_to_limit(curve, row["reward"] + moved, row["kl"] / row["length"]) < -allowed

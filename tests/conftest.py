@@ -3,8 +3,8 @@ import contextlib
 import io
 import os
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")             # before torch: files run side by side, a core each
 os.environ.setdefault("TQDM_DISABLE", "1")
@@ -28,16 +28,8 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name not in longest)
 
 
-@dataclass
-class Ended:
-    """How a command ended: its exit status, and what it printed."""
-    code: int
-    out: str
-    err: str
-
-
 def run_train(*arguments):
-    """`python train.py ARGUMENTS` in this process.  -> Ended"""
+    """`python train.py ARGUMENTS` in this process.  -> code, its exit status; out, err, what it printed"""
     out, err, code = io.StringIO(), io.StringIO(), 0
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -47,7 +39,7 @@ def run_train(*arguments):
     if isinstance(code, str):                             # as Python does at its end
         err.write(code + "\n")
         code = 1
-    return Ended(code, out.getvalue(), err.getvalue())
+    return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
 
 
 def small(folder, *flags, draw=lambda run: None):

@@ -65,20 +65,6 @@ def test_gradients_against_K():
     assert study[DPO, 1024]["bias"].max() < 0.02
 
 
-@pytest.mark.parametrize("method", [EXO, DPO])
-def test_gradient_study_at_K_2_is_the_enumeration(method):
-    """The estimate behind the test above, next to the exact expectation over all V * V groups."""
-    pairs = torch.cartesian_prod(torch.arange(24), torch.arange(24)).expand(24, -1, -1)   # (B, V * V, 2)
-    logits = toy.near_reference(BANDIT).requires_grad_()
-    columns = [toy.take(values, pairs) for values in (logits.log_softmax(-1), BANDIT.ref_logp, BANDIT.reward)]
-    loss = toy.per_row(toy.REWARD_LOSSES[method], *columns, beta_r=0.1, beta_pi=0.1)      # (B * V * V,)
-    weight = toy.take(BANDIT.ref_logp, pairs).sum(-1).exp()
-    limit = toy.limit_gradients(BANDIT, logits.detach(), 0.1, 0.1)[method]
-    bias = (toy.grad(weight * loss, logits) - limit).norm(dim=-1) / limit.norm(dim=-1)
-    study = toy.gradient_study(BANDIT, Ks=(2,), G=2048)
-    torch.testing.assert_close(study[method, 2]["bias"], bias, atol=0.03, rtol=0)
-
-
 # ---- which losses recover pi* -----------------------------------------------------------------------------
 
 def test_what_recovers_the_optimum_and_what_does_not():

@@ -10,7 +10,7 @@ import train
 import xpo
 from dpo import dpo_loss
 from evaluate import optimum, sequence_kl
-from loop import adamw, resumable, write_tensors
+from loop import Log, adamw, resumable, write_tensors
 from model import sequence_logprob
 from settings import Config
 from stages import Run
@@ -74,30 +74,14 @@ def test_the_sampled_limit_is_the_exact_one():
 
 # ---- training, by the loops of train.py ---------------------------------------------------------------
 
-class BrokenOff(Exception):
-    pass
-
-
-class Means:
-    """In place of a Log: every step's means kept, and the loop may break off."""
-
-    def __init__(self, broken_off_at):
-        self.rows, self.broken_off_at = [], broken_off_at
-
-    def write(self, step, **row):
-        self.rows.append(row | {"step": step})
-        if step == self.broken_off_at:
-            raise BrokenOff
-
-
 class Practice:
     """In place of train.Alignment: from the enumerable pi_sft, without evaluation."""
 
-    def __init__(self, run, method, broken_off_at=None):
+    def __init__(self, run, method):
         self.run, self.method, self.seed, self.rewarded_by = run, method, 0, None
         self.policy, self.ref = lm.policy(), lm.policy()
         self.optimizer = adamw(self.policy.parameters(), run.cfg.align_lr)
-        self.metrics = Means(broken_off_at)
+        self.metrics = Log(run.folder / "metrics.csv")
         train.align_by_comparison(run, self)
 
     def steps(self, total, **kept):
@@ -153,21 +137,6 @@ def test_rounds_reach_the_optimum_from_ppos_number_of_responses(method, start_ru
     run = start_run(480, align_steps=480, rounds=60, **ROUNDS)
     gain, kl = lm.reached(Practice(run, method).policy, 0.5)
     assert gain >= 0.95 and abs(kl - 1) <= 0.2
-
-
-@pytest.mark.parametrize("method, settings, first", [
-    ("exo-rw", dict(align_steps=24, rounds=3, **ROUNDS), 14),        # rounds begin at 0, 8, 16
-    ("xpo", dict(xpo_rounds=3, xpo_prompts=24, align_batch=16, align_lr=3e-3), 14)])     # at 0, 3, 9
-def test_rounds_go_on_where_they_broke_off_bit_for_bit(start_run, method, settings, first):
-    """In the middle of a round: on that round's responses, for XPO on the whole history."""
-    undisturbed = Practice(start_run(16, "undisturbed", **settings), method)
-    with pytest.raises(BrokenOff):
-        Practice(start_run(16, "broken off", **settings), method, broken_off_at=first)
-    rest = Practice(start_run(16, "broken off", **settings), method)
-    assert rest.metrics.rows[0]["step"] == first
-    assert torch.equal(lm.weights(rest.policy), lm.weights(undisturbed.policy))
-    for name, column in undisturbed.kept["compared"].items():
-        assert torch.equal(rest.kept["compared"][name], column)
 
 
 def test_a_round_is_the_policys_own_responses_with_the_kl_paid(start_run):

@@ -16,7 +16,7 @@ from loop import (
     resumable, rng, shuffled_batch, update, write_tensors)
 
 ROOT = Path(__file__).parent.parent
-STEPS = 7
+STEPS = 140
 
 
 def same(ours, theirs):
@@ -94,9 +94,9 @@ def training(folder, crash_at=None):
     optimizer, drawn, log, steps = adamw(model.parameters(), 0.1), Columns(), Log(folder / "metrics.csv"), []
     x = torch.randn(40, 3, generator=rng(0, "x"))
     state = {"model": model, "optimizer": optimizer, "drawn": drawn, "log": log}
-    for step in resumable(folder, state, STEPS * 20, "loop"):
+    for step in resumable(folder, state, STEPS, "loop"):
         index = shuffled_batch(step, 4, 40, "loop")
-        means = step_of(model, [optimizer], x[index], 3, lr=0.1 * cosine(step, STEPS * 20))
+        means = step_of(model, [optimizer], x[index], 3, lr=0.1 * cosine(step, STEPS))
         log.write(step=step + 1, **means)
         if step % 50 == 0:
             drawn.append({"index": index})
@@ -118,7 +118,7 @@ def test_a_loop_that_broke_off_goes_on_from_its_last_save_bit_for_bit(tmp_path, 
         with pytest.raises(Crash):
             training(tmp_path, step)
     left, log, steps = training(tmp_path)
-    assert steps == list(range(first, 140))
+    assert steps == list(range(first, STEPS))
     assert same(left, undisturbed[0]) and log == undisturbed[1]
 
 

@@ -1,7 +1,6 @@
 """The tiny experiment with its default settings: what it reaches, and that nothing in it passes the limit."""
 import csv
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -20,26 +19,19 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 
 
-def command(folder, *arguments):
-    """`python train.py` on the tiny preset.  -> the memory in bytes that it has taken at most"""
-    line = [sys.executable, "train.py", "--preset", "tiny", "--device", "cpu", "--run", folder, *arguments]
-    process = subprocess.Popen(line, cwd=ROOT)
-    _, status, usage = os.wait4(process.pid, 0)
-    assert status == 0
-    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """EXO in rounds by a fifth of the steps, then the README's first command.  -> folder, memory, limit"""
+    """EXO in rounds by a fifth of the steps, then the README's first command.  -> folder, limit, eval.csv"""
     folder = tmp_path_factory.mktemp("tiny") / "run"
-    in_rounds = ["--method", "exo-rw", "--rounds", "4", "--align-steps", "80", "--align-lr", "2e-4"]
-    peaks = [command(folder, *in_rounds, "--checkpoints", "2"), command(folder, "--method", "exo")]
+    in_rounds = "--method exo-rw --rounds 4 --align-steps 80 --align-lr 2e-4 --checkpoints 2"
+    for flags in (in_rounds, "--method exo"):
+        line = [sys.executable, "train.py", "--preset", "tiny", "--device", "cpu", "--run", folder]
+        subprocess.run([*line, *flags.split()], cwd=ROOT, check=True)
     sampled = read_tensors(folder / "limit-and-model" / "rewards.safetensors")
     start, *rows = read_csv(folder / "exo-s0" / "eval.csv")
     assert start["step"] == 0 and len(rows) == 8
     limit = sampled["reward"].numpy()                                # (P, M)
-    return SimpleNamespace(folder=folder, peak=max(peaks), limit=limit, start=start, rows=rows)
+    return SimpleNamespace(folder=folder, limit=limit, start=start, rows=rows)
 
 
 # ---- what is reached ----------------------------------------------------------------------------------
@@ -89,10 +81,6 @@ def test_the_last_row_of_eval_csv_is_the_summary_of_the_saved_samples_and_both_k
     difference = (samples["kl"] - samples["k1"]).mean(1)             # (P,): a prompt's samples go together
     assert abs(difference.mean()) <= 4 * difference.std() / math.sqrt(len(difference))
     assert samples["kl"].min() >= -1e-4 and samples["kl"].var() < samples["k1"].var()
-
-
-def test_two_gigabytes_are_enough(tiny):
-    assert tiny.peak < 2e9
 
 
 # ---- nothing passes the limit -------------------------------------------------------------------------

@@ -1,9 +1,7 @@
 """Speed and memory next to the peers, in one run:  pip install -r requirements-bench.txt && python -m bench
 
-An EXO step next to TRL's and to one that holds all logits; sampling next to transformers' `generate`.
-Each entrant is a process of its own, one at a time, twice in the order A B C A B C.  Seconds are medians over
-its turns, memory is the peak.  With CUDA: wall seconds, bfloat16, memory of tensors.  Without: CPU seconds of
-one thread, float32, resident memory.  Reference log-probs that are stored are made before the clock starts.
+An EXO step next to TRL's, sampling next to transformers' `generate`: on the CPU, in float32, one thread.  Each
+entrant is a process of its own, twice in the order A B C A B C.  Medians of CPU seconds, peak resident memory.
 """
 import argparse
 import math
@@ -14,15 +12,14 @@ from statistics import median
 
 import torch
 
-from bench.entrants import BF16, DEVICE, EXO, PROMPT, SAMPLING, Case, measure
+from bench.entrants import EXO, PROMPT, SAMPLING, Case, measure
 from loop import write_csv
 
 TOY, TINY = Case("toy", 1, 4, 16, 97, T=16), Case("tiny", 4, 4, 128, 512)
 LARGE = replace(TINY, name="tiny, GPT-2's vocabulary", V=50257)
 GPT2 = replace(LARGE, name="124M", n_layer=12, n_head=12, n_embd=768)
-SIZES = {"toy": [(TOY, TOY)],                             # pairs: the case of the steps, the case of sampling
-         "tiny": [(TINY, replace(TINY, N=256)), (LARGE, replace(LARGE, N=256, T=42))]}
-SIZES["124M"] = [*SIZES["tiny"], (GPT2, replace(GPT2, N=32, T=42))]
+SMALL = [(TINY, replace(TINY, N=256)), (LARGE, replace(LARGE, N=256, T=42))]      # steps, sampling
+SIZES = {"toy": [(TOY, TOY)], "tiny": SMALL, "124M": [*SMALL, (GPT2, replace(GPT2, N=32, T=42))]}
 
 
 def compare(what, case, entrants):
@@ -54,13 +51,11 @@ def compare(what, case, entrants):
 def main():
     """Runs the comparisons of one size, prints their tables and writes bench.csv."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.split("\n")[0])
-    parser.add_argument("--size", default="tiny", choices=SIZES,
-                        help="tiny: a small model with a small and with GPT-2's vocabulary; 124M: gpt2's "
-                             "size too, with 24 GB of memory; toy: only shows that everything runs")
+    parser.add_argument("--size", default="tiny", choices=SIZES, help="124M takes 24 GB of memory")
     parser.add_argument("--out", default="results/bench", help="the folder of bench.csv")
     args = parser.parse_args()
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore"}
-    print(f"torch {torch.__version__}, {'bfloat16' if BF16 else 'float32'} on {DEVICE}")
+    print(f"torch {torch.__version__}")
     rows = []
     for steps, sampled in SIZES[args.size]:
         rows += compare("EXO step", steps, EXO) + compare("sampling", sampled, SAMPLING)

@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from exo import exo_pref_loss
 from loop import Sums, adamw, update
@@ -22,8 +21,6 @@ from model import GPT, GPTConfig, generate, token_logprob
 
 LR, BETA, EPS, TEMPERATURE = 1e-6, 0.1, 1e-3, 0.8
 PROMPT = 10                                               # tokens of a prompt
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-BF16 = DEVICE.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 @dataclass
@@ -37,18 +34,16 @@ class Case:
     N: int = 16                                           # rows: in training, two responses to each prompt
     T: int = 128                                          # tokens of a row, the end-of-text (V - 1) included
 
-
-def random_gpt(case):
-    gpt = GPT(GPTConfig(case.n_layer, case.n_head, case.n_embd, case.V, case.T)).to(DEVICE)
-    gpt.bf16 = BF16
-    return gpt
+    @property
+    def config(self):
+        return GPTConfig(self.n_layer, self.n_head, self.n_embd, self.V, self.T)
 
 
 def transformers_gpt(case):
     from transformers import GPT2Config, GPT2LMHeadModel
-    return GPT2LMHeadModel(GPT2Config(
-        n_layer=case.n_layer, n_head=case.n_head, n_embd=case.n_embd, vocab_size=case.V, n_positions=case.T,
-        bos_token_id=case.V - 1, eos_token_id=case.V - 1))
+    config = GPT2Config(n_layer=case.n_layer, n_head=case.n_head, n_embd=case.n_embd, vocab_size=case.V,
+                        n_positions=case.T, bos_token_id=case.V - 1, eos_token_id=case.V - 1)
+    return GPT2LMHeadModel(config)
 
 
 def random_rows(case):
@@ -56,19 +51,12 @@ def random_rows(case):
     ids = torch.randint(case.V - 1, (case.N, case.T), generator=torch.Generator().manual_seed(0))
     ids[1::2, :PROMPT] = ids[::2, :PROMPT]
     ids[:, -1] = case.V - 1
-    return ids.to(DEVICE)
+    return ids
 
 
-def all_logits_logprob(model, ids, mask):
-    """token_logprob in nanoGPT's way: one cross-entropy on all logits.  (N, T), (N, T) -> (N, T-1)"""
-    logits = model(ids)[:, :-1]                                                   # (N, T-1, V)
-    nll = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")   # (N (T-1),)
-    return -nll.view(len(ids), -1) * mask[:, 1:]                                  # (N, T-1)
-
-
-def exo_step(case, turns, logprob=token_logprob):
+def exo_step(case, turns):
     """EXO from pairs (Eq 18) with stored reference log-probs."""
-    model, ids = random_gpt(case), random_rows(case)
+    model, ids = GPT(case.config), random_rows(case)
     mask = torch.zeros_like(ids, dtype=torch.bool)
     mask[:, PROMPT:] = True
     with torch.no_grad():
@@ -76,7 +64,7 @@ def exo_step(case, turns, logprob=token_logprob):
     optimizer = adamw(model.parameters(), LR)
     for _ in turns:
         sums = Sums()
-        logp = logprob(model, ids, mask).sum(1).view(-1, 2)                       # (N, T) -> (B, 2)
+        logp = token_logprob(model, ids, mask).sum(1).view(-1, 2)                 # (N, T) -> (B, 2)
         loss = exo_pref_loss(logp, ref_logp, BETA, EPS) * len(logp)
         loss.backward()
         sums.add(len(logp), loss=loss)
@@ -113,8 +101,8 @@ def trl_step(case, turns, precompute=False):
         settings = DPOConfig(
             folder, loss_type="exo_pair", beta=BETA, label_smoothing=EPS, precompute_ref_log_probs=precompute,
             per_device_train_batch_size=len(pairs), train_sampling_strategy="sequential", max_steps=10 ** 6,
-            learning_rate=LR, bf16=BF16, use_cpu=DEVICE.type == "cpu", gradient_checkpointing=False,
-            logging_strategy="no", save_strategy="no", disable_tqdm=True)
+            learning_rate=LR, bf16=False, use_cpu=True, gradient_checkpointing=False, logging_strategy="no",
+            save_strategy="no", disable_tqdm=True)
         trainer = TrainerOnIds(model, reference, settings, train_dataset=dataset, processing_class=tokenizer,
                                callbacks=[Turn()])
         with contextlib.suppress(StopIteration):          # no more turns
@@ -122,59 +110,45 @@ def trl_step(case, turns, precompute=False):
 
 
 def sampling(case, turns):
-    model = random_gpt(case)
-    prompts = random_rows(case)[:, :PROMPT].cpu()                                 # (N, PROMPT)
+    model, prompts = GPT(case.config), random_rows(case)[:, :PROMPT]              # (N, PROMPT)
     for _ in turns:
         generate(model, prompts, case.T - PROMPT, TEMPERATURE)
 
 
 def sampling_transformers(case, turns):
-    model = transformers_gpt(case).to(DEVICE, torch.bfloat16 if BF16 else torch.float32).eval()
-    prompts = random_rows(case)[:, :PROMPT]                                       # (N, PROMPT)
+    model, prompts = transformers_gpt(case).eval(), random_rows(case)[:, :PROMPT]        # (N, PROMPT)
     for _ in turns:
         model.generate(prompts, attention_mask=torch.ones_like(prompts), do_sample=True, top_k=0,
                        temperature=TEMPERATURE, min_length=case.T, max_length=case.T, pad_token_id=case.V - 1)
 
 
-EXO = {"this repository": exo_step,
-       "all logits, as in nanoGPT": partial(exo_step, logprob=all_logits_logprob),
-       "TRL, live reference": trl_step, "TRL, precomputed reference": partial(trl_step, precompute=True)}
+EXO = {"this repository": exo_step, "TRL, live reference": trl_step,
+       "TRL, precomputed reference": partial(trl_step, precompute=True)}
 SAMPLING = {"this repository": sampling, "transformers": sampling_transformers}
 
 
 # ---- a process of its own for each --------------------------------------------------------------------
 
-def now():
-    """CUDA: wall seconds, all work done.  CPU: this process's CPU seconds, which hold on a busy machine."""
-    if DEVICE.type == "cpu":
-        return time.process_time()
-    torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 def timed_turns(seconds):
-    """Yields once per turn.  The first warms up; the seconds of three more are appended to `seconds`."""
+    """Yields once per turn.  The first warms up; the CPU seconds of three more are appended to `seconds`."""
     yield
     while len(seconds) < 3 and sum(seconds) < 15:         # a slow one takes fewer turns
-        start = now()
+        start = time.process_time()
         yield
-        seconds.append(now() - start)
+        seconds.append(time.process_time() - start)
 
 
 def take_turns(work, case):
-    """-> (seconds of each turn, peak MiB)"""
+    """-> (CPU seconds of each turn, peak MiB)"""
     torch.set_num_threads(1)
-    torch.set_float32_matmul_precision("high" if BF16 else "highest")
     torch.manual_seed(0)
     seconds = []
     work(case, timed_turns(seconds))
-    if DEVICE.type == "cuda":
-        return seconds, torch.cuda.max_memory_allocated() / 2 ** 20
     status = Path("/proc/self/status").read_text()        # Linux; getrusage counts the parent's too
     return seconds, int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 2 ** 10
 
 
 def measure(work, case):
-    """take_turns in a new process.  Raises what was raised there, or BrokenProcessPool if it died."""
+    """take_turns in a new process."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(take_turns, work, case).result()

@@ -1,7 +1,7 @@
 """Speed and memory next to the peers, in one run:  pip install -r requirements-bench.txt && python -m bench
 
-An EXO step next to TRL's, sampling next to transformers' `generate`: on the CPU, in float32, one thread.  Each
-entrant is a process of its own, twice in the order A B C A B C.  Medians of CPU seconds, peak resident memory.
+An EXO step next to TRL's, sampling next to transformers' `generate`: on the CPU, in float32, one thread.
+Each entrant is a process of its own, twice, in the order A B C A B C.  Medians of CPU seconds, peak memory.
 """
 import argparse
 import math

@@ -115,7 +115,7 @@ def load_imdb(paths, sha256, encoding):
     kept = cache_folder() / f"imdb-{key}.pt"
     if not kept.exists():
         reviews = {"train": ([], []), "test": ([], [])}
-        for split, label, text in read_imdb(paths):
+        for split, label, text in read_imdb(imdb_archives(paths)[0]):
             ids, labels = reviews[split]
             ids.append(torch.tensor(encoding.encode_ordinary(text), dtype=torch.int32))
             labels.append(-1 if label is None else label)

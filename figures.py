@@ -199,7 +199,7 @@ def main(argv=None):
     parser.add_argument("run", type=Path, metavar="RUN", help="a run folder")
     try:
         draw(stages.open_run(parser.parse_args(argv).run))
-    except UserError as error:
+    except (UserError, OSError) as error:
         sys.exit(f"figures.py: {error}")
 
 

@@ -46,7 +46,7 @@ class Config:
     pipeline: int = opt(0, ALL, "repeats everything with other random numbers [ours]")
     # reviews
     data: str = opt("tiny", ALL, "tiny: a built-in grammar; imdb; or your preferences, a .jsonl file")
-    imdb: list[str] = opt([], ALL, "IMDB's archives; default: download once")
+    imdb: list[str] = opt([], "", "IMDB's archives; default: download once")
     tokenizer: str = opt("tiny", ALL, "tiny: the grammar's words, bytes; gpt2; gpt2-4096: its first 4,096")
     sft_reviews: int = opt(60_000, ALL, "training reviews [official code: 25,000]")
     prompt_tokens: int = opt(6, ALL, "first tokens of a review that make a prompt [official code: 10]")

@@ -42,7 +42,6 @@ class Run:
             cfg.prompt_tokens, cfg.new_tokens = longest[0], min(cfg.new_tokens, longest[1])
             cfg.prompts = len(self.preferences["train"])
             cfg.num_candidates = min(cfg.num_candidates, len(self.preferences["train"][0].responses))
-
         self.T = cfg.prompt_tokens + cfg.new_tokens
 
     def rng(self, *names):
@@ -50,22 +49,20 @@ class Run:
 
     @functools.cached_property
     def sources(self):
-        """{setting: sha256 of the file that it names}: the same path may hold other content tomorrow."""
-        cfg, found = self.cfg, {"imdb": ""}
+        """{setting: sha256 of the files that it names}: the same path may hold other content tomorrow."""
+        cfg = self.cfg
+        found = {"imdb": data.imdb_archives(cfg.imdb)[1] if cfg.data == "imdb" else []}
         if cfg.own:
             found["data"] = file_sha256(cfg.data)
-        if cfg.data == "imdb":
-            found["imdb"] = data.imdb_archives(cfg.imdb)[1]
         if cfg.init:
             found["init"] = file_sha256(pretrained_folder(cfg.init) / "model.safetensors")
-        if cfg.judge:
-            found["judge"] = f"{cfg.judge} {file_sha256(cfg.judge.rpartition(':')[0])}"
         return found
 
     def begin(self, stage, folder=None):
         """-> a stage's folder, whether it is finished"""
-        settings = self.cfg.of(stage) | {"bf16": self.bf16}
-        settings |= {name: content for name, content in self.sources.items() if name in settings}
+        settings = self.cfg.of(stage) | self.sources | {"bf16": self.bf16}
+        if settings.get("judge"):
+            settings["judge"] += " " + file_sha256(self.cfg.judge.rpartition(":")[0])
         folder = self.folder / (folder or stage)
         return folder, begin(folder, settings)
 
@@ -82,7 +79,7 @@ class Run:
             if cfg.data == "tiny":
                 both = data.load_tiny(cfg.sft_reviews, 4_000, self.encoding)
             else:
-                both = data.load_imdb(*data.imdb_archives(cfg.imdb), self.encoding)
+                both = data.load_imdb(cfg.imdb, self.sources["imdb"], self.encoding)
             reviews = {split: each.shuffled(cfg.prompt_tokens, self.rng("reviews", split))
                        for split, each in both.items()}
         reviews["evaluated"] = reviews["test"]
@@ -121,7 +118,8 @@ def open_run(folder):
     if "preset" not in settings:
         raise UserError(f"{folder} is not a run's folder: train.py makes one")
     run = Run(Config(**settings | {"run": str(folder), "device": ""}))
-    run.bf16 = read_json(run.folder / "sft" / "stage.json")["settings"]["bf16"]
+    made = read_json(run.folder / "sft" / "stage.json")["settings"]
+    run.bf16, run.sources = made["bf16"], {name: made[name] for name in ("data", "imdb", "init")}
     return run
 
 

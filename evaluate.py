@@ -24,7 +24,7 @@ BETAS = np.geomspace(100, 0.02, 200)
 
 @torch.no_grad()
 def sequence_kl(policy, ref, ids, mask, temperature):
-    """KL(policy || ref) in nats a sequence, by two unbiased estimators.  (N, T), (N, T) -> (N,), (N,)
+    """KL(policy || ref) in nats per response, by two unbiased estimators.  (N, T), (N, T) -> (N,), (N,)
 
     First: the sum over the response's states of the KL between the two next-token distributions, over the
     full vocabulary (Rao-Blackwellised, arXiv 2504.10637).  Second: the plain log-ratio, "k1".

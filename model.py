@@ -236,7 +236,7 @@ def trim(ids, mask):
 # ---- sampling --------------------------------------------------------------------------------------------
 
 class Cache:
-    """Keys and values of N rows of up to T tokens: first the prompts', then one more token's a row."""
+    """Keys and values of N rows of up to T tokens: first the prompts', then one more token per row at a time."""
 
     def __init__(self, lengths, T, device):
         self.T = T

@@ -167,7 +167,7 @@ def iteration(policy, ref, critic, policy_optimizer, critic_optimizer, reward, p
     value_clip: in standard deviations of the returns (detail 5), math.inf for none.
     micro_batch: rows at a time in an update, 0 for all; sample_batch: in sampling: memory, not results.
     generator (CPU): the only source of randomness, first for the responses, then for the minibatches.
-    -> {name: float}: reward, kl (log-ratio to pi_sft in nats a response), objective (J) and length of the
+    -> {name: float}: reward, kl (log-ratio to pi_sft in nats per response), objective (J) and length of the
     responses, explained_variance of the critic, all before the updates; the others are means over updates.
     """
     batch = rollout(policy, ref, critic, reward, prompts, new_tokens, T, temperature, eos_id, generator,

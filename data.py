@@ -5,13 +5,18 @@ Ids are joined, never strings: a prompt is a prefix of ids, so no token merges a
 """
 import functools
 import hashlib
+import itertools
 import json
 import lzma
+import math
 import random
 import re
+import runpy
+import sys
 import tarfile
 import zlib
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import tiktoken
@@ -79,7 +84,8 @@ def padded_rows(sequences, prompt_length, T, eos_id):
 
 IMDB_URL = "http://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"
 IMDB_SHA256 = "c40f74a18d3b61f90feba1e17730e0d38e8b97c05fde7008942e91923d1658fe"
-IMDB_MEMBER = re.compile(r"(?:.*/)?(train|test)/(pos|neg|unsup)/[^/]+\.txt")
+HIDDEN = r"(?!\.[^/]|__MACOSX)"                            # what an operating system adds is no review
+IMDB_MEMBER = re.compile(rf"(?:{HIDDEN}[^/]*/)*(train|test)/(pos|neg|unsup)/{HIDDEN}[^/]+\.txt")
 
 
 def read_imdb(paths):
@@ -255,33 +261,43 @@ class Preference:
         return "test" if int(digest, 16) % 10 == 0 else "train"
 
 
-def read_preferences(path, encoding, prompt_tokens):
-    """A .jsonl file -> {"train": list of Preference, "test": ...}, the tokens of longest prompt and response.
+def read_preferences(path, encoding, prompt_tokens, new_tokens):
+    """A .jsonl file -> {"train": list of Preference, "test": ...}, tokens of the longest prompt and response.
 
-    UserError names a faulty line, such as one with more than `prompt_tokens` in its prompt.
+    Responses are at most `new_tokens` long.  UserError names a faulty line, such as one with more than
+    `prompt_tokens` in its prompt.
     """
-    preferences, tokens, K = {"train": [], "test": []}, [], None
+    preferences = []
     with open(path, encoding="utf-8-sig") as file:        # with or without a byte order mark
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
                 new = read_preference(json.loads(line), encoding)
-                K = K or len(new.responses)
-                if len(new.responses) != K:
-                    raise ValueError(f"{len(new.responses)} responses, the first line has {K}")
                 if len(new.prompt) > prompt_tokens:
                     raise ValueError(f"a prompt of {len(new.prompt):,} tokens: raise --prompt-tokens")
+                preferences.append(new)
+                K, first_K = len(new.responses), len(preferences[0].responses)
+                if K != first_K:
+                    raise ValueError(f"{K} responses, the first line has {first_K}")
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise UserError(f"{path}:{number}: {error!r}: fix or remove this line") from error
-            preferences[new.split].append(new)
-            tokens.append([len(new.prompt), max(map(len, new.responses)) + 1])           # and the end-of-text
-    if min(map(len, preferences.values())) < 2:
-        raise UserError(f"{path}: too few prompts to hold a tenth of them out: add others")
+    tokens = [[len(each.prompt), max(map(len, each.responses)) + 1] for each in preferences] or [[0, 0]]
     longest, row = np.max(tokens, axis=0), np.argmax(tokens, axis=0) + 1
     print(f"{path}: {len(tokens):,} rows; the longest prompt has {longest[0]:,} tokens (row {row[0]}), the "
           f"longest response {longest[1]:,} (row {row[1]})")
-    return preferences, longest.tolist()
+    prompt_tokens, new_tokens = int(longest[0]), int(min(longest[1], new_tokens))
+    split = {"train": [], "test": []}
+    for each in preferences:
+        room = prompt_tokens + new_tokens - len(each.prompt)
+        if each.responses[0][:room] != each.responses[1][:room]:
+            split[each.split].append(each)
+    equal = len(preferences) - len(split["train"]) - len(split["test"])
+    if equal:
+        print(f"{path}: {equal:,} rows are left out: best and worst response are equal as far as they go")
+    if min(map(len, split.values())) < 2:
+        raise UserError(f"{path}: too few prompts to hold a tenth of them out: add others")
+    return split, prompt_tokens, new_tokens
 
 
 def read_preference(line, encoding):
@@ -298,6 +314,38 @@ def read_preference(line, encoding):
     order.insert(1, order.pop())                          # the best, the worst, the others
     responses = [encoding.encode_ordinary(texts[i]) for i in order]
     return Preference(encoding.encode_ordinary(line["prompt"]), responses, [rewards[i] for i in order])
+
+
+def user_judge(judge):
+    """--judge FILE.py:NAME -> a function of prompts and responses, lists of texts, that gives their rewards.
+
+    UserError if it is not there, fails, or gives anything but a finite number for each response.
+    """
+    path, _, name = judge.rpartition(":")
+    folder = Path(path).resolve().parent
+
+    @functools.cache
+    def function():
+        same_name = [module for module in sys.modules if (folder / f"{module}.py").exists()]
+        ours = {module: sys.modules.pop(module) for module in same_name}
+        sys.path.insert(0, str(folder))                   # it may import what lies next to it, as data.py
+        try:
+            return runpy.run_path(path)[name]
+        finally:
+            sys.modules.update(ours)
+
+    def rewards_of(prompts, responses):
+        try:
+            rewards = function()(prompts, responses)
+            rewards = [reward.item() if hasattr(reward, "item") else reward for reward in rewards]
+        except Exception as error:                        # whatever it is, it is the user's
+            raise UserError(f"--judge {judge} fails on {responses[0]!r} and others: {error!r}") from error
+        for response, reward in itertools.zip_longest(responses, rewards):
+            if response is None or not isinstance(reward, int | float) or not math.isfinite(reward):
+                raise UserError(f"--judge {judge} gives {reward!r} for the response {response!r}: it must "
+                                "return a list with a finite number for each response")
+        return rewards
+    return rewards_of
 
 
 def best_responses(preferences):

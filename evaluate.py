@@ -61,7 +61,8 @@ def summary(measured, eos_id):
 def mean_se(x):
     """(P, S) -> the mean and its standard error, from the spread of the prompts' means."""
     per_prompt = x.float().mean(1)                                              # (P, S) -> (P,)
-    return float(per_prompt.mean()), float(per_prompt.std() / math.sqrt(len(per_prompt)))
+    n = len(per_prompt)
+    return float(per_prompt.mean()), float(per_prompt.std()) / math.sqrt(n) if n > 1 else math.nan
 
 
 def within_prompt_sd(reward):
@@ -140,10 +141,14 @@ def best_of_n(reward, n):
     return math.log(n) - (n - 1) / n, float(best.mean())
 
 
+def wins(ours, theirs):
+    """1 where ours is higher, 0 where theirs is, a tie is one half.  Two tensors -> one"""
+    return ((ours - theirs).sign() + 1) / 2
+
+
 def win_rate(ours, theirs):
-    """The share of pairs of a prompt's responses that ours win, ties one half.  (P, S), (P, S') -> float"""
-    ours, theirs = ours[:, :, None], theirs[:, None, :]                         # (P, S, 1), (P, 1, S')
-    return float(((ours > theirs).float() + 0.5 * (ours == theirs).float()).mean())         # paper App. C
+    """The share of pairs of a prompt's responses that ours win (paper App. C).  (P, S), (P, S') -> float"""
+    return float(wins(ours[:, :, None], theirs[:, None, :]).mean())             # (P, S, S')
 
 
 def density_ratio(s, weight, grid):
@@ -152,7 +157,7 @@ def density_ratio(s, weight, grid):
     s, weight: (M,) of responses of pi_sft, the weights sum to 1 -> (len(grid),), nan where fewer than 5
     responses are near.  Gaussian, one bandwidth (Silverman's) for numerator and denominator.
     """
-    width = 1.06 * s.std() * len(s) ** -0.2
+    width = max(1.06 * s.std() * len(s) ** -0.2, 1e-9)
     kernel = np.exp(-0.5 * ((grid[:, None] - s) / width) ** 2)                  # (G, M)
     near = kernel.sum(1)                                                        # (G,)
     return np.where(near >= 5, len(s) * (kernel @ weight) / np.maximum(near, 1e-300), np.nan)

@@ -6,13 +6,17 @@ table.csv: Tables 1, 2.
 """
 import argparse
 import math
+import os
 import re
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
+
+if "ipykernel" not in sys.modules:                        # a notebook's backend may be missing outside of it
+    os.environ.pop("MPLBACKEND", None)
+from matplotlib.figure import Figure                      # noqa: E402
 
 import evaluate
 import stages
@@ -58,7 +62,7 @@ def plot(axes, groups, x, y, gain=False):
 def canvas(run, title, xlabel, *ylabels):
     """A figure with a panel for each ylabel.  -> figure, axes, ..."""
     figure = Figure(figsize=(3 + 4 * len(ylabels), 4.6), layout="constrained")
-    figure.suptitle(f"{run.folder.name}: {title}".replace("$", "\\$"))         # else a $ begins a formula
+    figure.suptitle(f"{run.folder.name}: {title}", parse_math=False)            # a $ in a name is a $
     panels = figure.subplots(1, len(ylabels), squeeze=False)[0]
     for axes, ylabel in zip(panels, ylabels):
         axes.set(xlabel=xlabel, ylabel=ylabel)
@@ -67,7 +71,9 @@ def canvas(run, title, xlabel, *ylabels):
 
 
 def save(figure, path):
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    lines, names = figure.axes[0].get_legend_handles_labels()
+    for text in figure.legend(lines, names, loc="outside right center", fontsize=8).get_texts():
+        text.set_parse_math(False)
     with atomic(path) as file:
         figure.savefig(file, dpi=160, format="png")
 

@@ -24,6 +24,11 @@ except ImportError:                                       # Windows
     fcntl = None
 
 
+for stream in (sys.stdout, sys.stderr):
+    if hasattr(stream, "reconfigure"):
+        stream.reconfigure(errors="replace")              # a ? for what the terminal cannot show
+
+
 class UserError(ValueError):
     """An error that a user can cause and fix, in one sentence."""
 
@@ -366,11 +371,11 @@ def fetch(url, name, sha256=None):
     """A file from the internet, downloaded once into $EXO_CACHE, else ~/.cache/exo.  -> its path"""
     path = cache_folder() / name
     if writes() and not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)    # whole, or not at all
         except (OSError, http.client.HTTPException, RuntimeError) as error:
-            raise UserError(f"cannot download {url}: {error}") from error
+            raise UserError(f"cannot download {url} to {path} (or to $EXO_CACHE): {error}") from error
     barrier()
     return path
 

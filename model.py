@@ -108,9 +108,10 @@ class GPT(nn.Module):
     def from_pretrained(cls, source):
         """A released GPT-2 by name (downloaded once), or a Hugging Face folder of one."""
         folder = pretrained_folder(source)
-        config = read_json(folder / "config.json")
-        if config["model_type"] != "gpt2":
-            raise UserError(f"{source} is of type {config['model_type']}, not gpt2")
+        config = {"n_positions": 1024} | read_json(folder / "config.json")
+        for name, known in (FIXED | {"n_inner": [4 * config.get("n_embd", 0)]}).items():
+            if config.get(name) not in [None, *known]:
+                raise UserError(f"{source} has {name} = {config[name]}: this GPT-2 has {known[0]}")
         gpt = cls(GPTConfig(*[config[name] for name in SIZES]))
         weights = {}
         for name, tensor in read_tensors(folder / "model.safetensors").items():
@@ -119,6 +120,12 @@ class GPT(nn.Module):
             weights[name.removeprefix("transformer.")] = tensor.T if name.endswith(TRANSPOSED) else tensor
         gpt.load_state_dict(weights)
         return gpt
+
+    def cut(self, vocab_size):
+        """Drops the rows beyond a tokenizer's: some weights are padded.  -> itself"""
+        self.wte = nn.Embedding.from_pretrained(self.wte.weight[:vocab_size].detach(), freeze=False)
+        self.config.vocab_size = len(self.wte.weight)
+        return self
 
     def save_pretrained(self, folder, eos_id=None):
         """Writes what transformers opens as GPT2LMHeadModel."""
@@ -145,6 +152,8 @@ def pretrained_folder(source):
 
 RELEASED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 SIZES = ("n_layer", "n_head", "n_embd", "vocab_size", "n_positions")        # GPTConfig's, in config.json
+FIXED = {"model_type": ["gpt2"], "scale_attn_weights": [True], "scale_attn_by_inverse_layer_idx": [False],
+         "layer_norm_epsilon": [1e-5], "activation_function": ["gelu_new", "gelu_pytorch_tanh"]}
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")   # on disk
 
 
@@ -236,7 +245,7 @@ def trim(ids, mask):
 # ---- sampling --------------------------------------------------------------------------------------------
 
 class Cache:
-    """Keys and values of N rows of up to T tokens: first the prompts', then one more token per row at a time."""
+    """Keys and values of N rows of up to T tokens: the prompts', then one more token per row at a time."""
 
     def __init__(self, lengths, T, device):
         self.T = T

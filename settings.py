@@ -203,6 +203,8 @@ def problems(cfg):
         yield f"--n-embd must be a multiple of --n-head, got {cfg.n_embd} and {cfg.n_head}"
     if not re.fullmatch(r"tiny|gpt2(-\d{3,5})?", cfg.tokenizer):
         yield f"--tokenizer must be tiny, gpt2 or a form of gpt2-4096, got {cfg.tokenizer}"
+    if not cfg.run:
+        yield "--run must name a folder"
     if not cfg.own and cfg.data not in ("tiny", "imdb"):
         yield f"--data must be tiny, imdb or a .jsonl file, got {cfg.data}"
     if not cfg.own:

@@ -8,15 +8,13 @@ Each stage leaves a folder, and is read and not run again while the settings are
 """
 import functools
 import math
-import runpy
-import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 import data
-from evaluate import sequence_kl, within_prompt_sd
+from evaluate import sequence_kl, wins, within_prompt_sd
 from loop import (
     Log, Sums, UserError, adamw, batch_by_length, begin, cosine, file_sha256, finish, join_processes, muon,
     my_rows, read_json, read_tensors, resumable, rng, update, write_json, write_tensors)
@@ -38,8 +36,8 @@ class Run:
         self.encoding = data.tiny_encoding() if kind == "tiny" else data.gpt2_encoding(int(size or 50_256))
         self.eos_id = self.encoding.eot_token
         if cfg.own:
-            self.preferences, longest = data.read_preferences(cfg.data, self.encoding, cfg.prompt_tokens)
-            cfg.prompt_tokens, cfg.new_tokens = longest[0], min(cfg.new_tokens, longest[1])
+            self.preferences, cfg.prompt_tokens, cfg.new_tokens = data.read_preferences(
+                cfg.data, self.encoding, cfg.prompt_tokens, cfg.new_tokens)
             cfg.prompts = len(self.preferences["train"])
             cfg.num_candidates = min(cfg.num_candidates, len(self.preferences["train"][0].responses))
         self.T = cfg.prompt_tokens + cfg.new_tokens
@@ -171,8 +169,10 @@ def sft(run, folder):
     cfg = run.cfg
     torch.manual_seed(cfg.pipeline)
     config = GPTConfig(cfg.n_layer, cfg.n_head, cfg.n_embd, run.encoding.n_vocab, run.T)
-    gpt = (GPT.from_pretrained(cfg.init) if cfg.init else GPT(config)).to(run.device)
-    gpt.bf16 = run.bf16
+    gpt = GPT.from_pretrained(cfg.init).cut(config.vocab_size) if cfg.init else GPT(config)
+    if gpt.config.block_size < run.T:
+        raise UserError(f"--init {cfg.init} has {gpt.config.block_size} positions, {run.T} are needed")
+    gpt.to(run.device).bf16 = run.bf16
     train, test, n = run.reviews["train"].first(cfg.sft_reviews), run.reviews["test"].first(1000), 0
     if cfg.sft_stretches:
         train, n = train.behind_stretches(run.T)                                         # n stretches first
@@ -264,7 +264,7 @@ def reward_model(run, folder):
     def loss_of(part):
         score = score_rows(run, scorer, ids[part], mask[part])                           # (b, R)
         margin = (score[:, pairs[0]] - score[:, pairs[1]]) * sign[part]                  # (b, n)
-        right = (margin > 0).float()                                                     # (b, n)
+        right = wins(margin, torch.zeros_like(margin))                                   # (b, n)
         return {"loss": -F.logsigmoid(margin).mean(1).sum(), "accuracy": right.mean(1).sum()}, len(part)
 
     optimizers = [adamw(scorer.parameters(), cfg.rm_lr)]
@@ -274,13 +274,14 @@ def reward_model(run, folder):
     report = {"shift": float(score.mean()), "scale": 1.0}
     if cfg.own:
         held_out = score_all(run, scorer, own_responses(run, run.gpt(sft(run)), "test"))
-        report["accuracy"] = float((held_out[:, 0] > held_out[:, 1]).float().mean())
+        report["accuracy"] = float(wins(held_out[:, 0], held_out[:, 1]).mean())
         print(f"reward_model: accuracy {report['accuracy']:.3f} on held-out prompts")
     else:
-        report["scale"] = within_prompt_sd(sampled["reward"]) / within_prompt_sd(score)
+        spread = within_prompt_sd(score)                                                 # 0: it tells nothing
+        report["scale"] = within_prompt_sd(sampled["reward"]) / spread if spread > 0 else 1.0
         both = torch.stack([score, sampled["reward"]])                                   # (2, P, K)
         both = both - both.mean(2, keepdim=True)
-        report["within_prompt_r2"] = float(torch.corrcoef(both.flatten(1))[0, 1] ** 2)
+        report["within_prompt_r2"] = float(torch.corrcoef(both.flatten(1))[0, 1].nan_to_num() ** 2)
         print(f"reward_model: r^2 {report['within_prompt_r2']:.2f} with the oracle, within prompts")
     write_json(folder / "report.json", report)
     write_tensors(folder / "scorer.safetensors", scorer.state_dict())
@@ -315,17 +316,14 @@ def judge(run):
     """The reward used for evaluation, (ids, mask) -> (N,): --judge's, else the labeller's."""
     if not run.cfg.judge:
         return reward_function(run, labeller(run))
-    path, _, name = run.cfg.judge.rpartition(":")
-    sys.path.insert(0, str(Path(path).parent))            # it may import what lies next to it
-    function = runpy.run_path(path).get(name)
-    if not callable(function):
-        raise UserError(f"--judge {run.cfg.judge}: the file has no function of this name")
+    rewards_of = data.user_judge(run.cfg.judge)
+    rewards_of([run.encoding.decode(run.prompts("evaluated", 1)[0])], [""])              # before all work
 
     def reward(ids, mask):
         prompt_length = mask.int().argmax(1).tolist()                                    # (N,)
         prompts = [run.encoding.decode(row[:n].tolist()) for row, n in zip(ids, prompt_length)]
-        rewards = torch.tensor(function(prompts, texts(run, ids, mask)), dtype=torch.float32)
-        return rewards.to(ids.device).view(len(ids))                                     # one for each
+        rewards = rewards_of(prompts, texts(run, ids, mask))
+        return torch.tensor(rewards, dtype=torch.float32, device=ids.device)             # (N,)
     return reward
 
 
@@ -380,9 +378,8 @@ def implicit(run, policy, ref):
     """How well beta_pi h tells a file's held-out best responses from the worst.  -> {name: float}"""
     logp, ref_logp = (own_responses(run, gpt, "test")["ref_logp"] for gpt in (policy, ref))      # (P, K)
     h = run.cfg.beta_pi * (logp - ref_logp)                                              # (P, K)
-    margin = h[:, 0] - h[:, 1]                                                           # (P,)
-    right = (margin > 0).float() + 0.5 * (margin == 0).float()                           # (P,)
-    return {"held_out_accuracy": float(right.mean()), "held_out_margin": float(margin.mean())}
+    return {"held_out_accuracy": float(wins(h[:, 0], h[:, 1]).mean()),
+            "held_out_margin": float((h[:, 0] - h[:, 1]).mean())}
 
 
 def limit(run):

@@ -18,7 +18,7 @@ import ppo
 import stages
 import xpo
 from dpo import dpo_loss, dpo_reward_loss
-from evaluate import summary
+from evaluate import summary, wins
 from exo import exo_loss, exo_pref_loss
 from loop import (
     Columns, Log, Sums, UserError, adamw, cosine, finish, lock, my_rows, read_tensors, resumable,
@@ -89,7 +89,7 @@ def implicit_rewards(logp, c, beta_pi):
     h = beta_pi * (logp - c["ref_logp"])                                         # (b, K)
     best = h.gather(1, c["reward"].argmax(1, keepdim=True))                      # (b, 1)
     worst = h.gather(1, c["reward"].argmin(1, keepdim=True))                     # (b, 1)
-    return {"chosen": best.sum(), "rejected": worst.sum(), "accuracy": (best > worst).sum()}
+    return {"chosen": best.sum(), "rejected": worst.sum(), "accuracy": wins(best, worst).sum()}
 
 
 # ---- whose responses are compared ---------------------------------------------------------------------
@@ -248,6 +248,8 @@ def main(argv=None):
     try:
         run = stages.Run(parse(argv))
         with lock(run.folder):
+            if run.cfg.judge:
+                stages.judge(run)                                                # it fails now or never
             for seed, method in itertools.product(run.cfg.seeds, run.cfg.method):
                 alignment = Alignment(run, method, seed)
                 write_json(run.folder / "config.json", vars(run.cfg))            # now nothing refuses it

@@ -63,6 +63,8 @@ FILES = {"aclImdb/README": b"not a review", "aclImdb/train/urls_pos.txt": b"http
          "aclImdb/train/pos/10_8.txt": "Tr\u00e8s bien, \u201cgut\u201d.".encode(),
          "aclImdb/train/pos/0_9.txt": b"A fine film.<br /><br />Go and see it. \n",
          "aclImdb/train/neg/0_2.txt": b"  Dull na\xefve",              # a byte that is not UTF-8
+         "aclImdb/train/pos/._0_9.txt": b"\0", "__MACOSX/aclImdb/train/pos/0_9.txt": b"\0",
+         ".old/train/pos/0_9.txt": b"hidden",
          "aclImdb/train/unsup/3_0.txt": b"Seen <|endoftext|> it", "aclImdb/test/neg/2_1.txt": b"Bad.\r\n"}
 REVIEWS = [("test", 0, "Bad."), ("train", 0, "  Dull na\ufffdve"),
            ("train", 1, "A fine film.\n\nGo and see it."), ("train", 1, "Tr\u00e8s bien, \u201cgut\u201d."),
@@ -214,7 +216,7 @@ def read(tmp_path, *lines):
     kind = SCORED if lines[0].find(b"rewards") > 0 else PAIR
     others = [json.dumps(kind | {"prompt": f"x{i}"}).encode() for i in range(60)]
     path.write_bytes(b"\n".join(lines + others))
-    preferences, longest = data.read_preferences(path, ENCODING, 50)
+    preferences, *longest = data.read_preferences(path, ENCODING, 50, 100)
     read = [(ENCODING.decode(each.prompt), ENCODING.decode_batch(each.responses), each.rewards)
             for each in preferences["train"] + preferences["test"]]
     return [each for each in read if not each[0].startswith("x")], longest
@@ -234,6 +236,12 @@ def test_texts_are_taken_as_they_stand_and_the_longest_are_named(tmp_path, capsy
     (first, *_), longest = read(tmp_path, line + b"\r", b" \t", PAIR, long)
     assert first == (odd["prompt"], [odd["chosen"], odd["rejected"]], [1.0, 0.0])
     assert longest == [5, 61] and "the longest response 61 (row 3)" in capsys.readouterr().out
+
+
+def test_responses_that_are_equal_after_the_cut_are_left_out_and_counted(tmp_path, capsys):
+    equal = [PAIR | {"rejected": " loved it"}, PAIR | {"chosen": " film" * 200, "rejected": " film" * 201}]
+    assert len(read(tmp_path, PAIR, *equal)[0]) == 1
+    assert "2 rows are left out: best and worst response are equal" in capsys.readouterr().out
 
 
 def test_one_prompt_in_ten_is_held_out_whole_and_whatever_the_order():

@@ -1,4 +1,5 @@
 """One step, loops that are killed and go on, and files that are never torn: each statement once."""
+import http.client
 import os
 import subprocess
 import sys
@@ -180,6 +181,19 @@ def test_a_file_system_without_locks_is_worked_in_all_the_same(tmp_path, monkeyp
     monkeypatch.setattr(loop, "fcntl", None)              # as on Windows
     with lock(tmp_path):
         assert "cannot be locked here" in capsys.readouterr().out
+
+
+def test_a_download_that_breaks_off_or_has_no_place_is_one_sentence(tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise http.client.IncompleteRead(b"half")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", broken)
+    monkeypatch.setenv("EXO_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match="cannot download http://x to .*EXO_CACHE.*IncompleteRead"):
+        loop.fetch("http://x", "file")
+    monkeypatch.setenv("EXO_CACHE", "/proc/nowhere")
+    with pytest.raises(UserError, match="cannot download http://x to /proc/nowhere/file"):
+        loop.fetch("http://x", "file")
 
 
 def test_a_lack_of_memory_and_a_full_disk_are_one_sentence(finished, monkeypatch):

@@ -77,14 +77,27 @@ def test_a_released_gpt2_is_opened_by_its_name(gpt, tmp_path, monkeypatch):
     assert asked == [f"{place}/config.json", f"{place}/model.safetensors"]
 
 
-def test_a_folder_that_is_no_gpt2_is_refused_in_one_sentence(gpt, tmp_path):
-    with pytest.raises(UserError, match="is neither one of gpt2, .* nor a folder with config.json"):
-        GPT.from_pretrained(tmp_path)
+@pytest.mark.parametrize("changes, refused", [
+    ({"model_type": "llama"}, "has model_type = llama: this GPT-2 has gpt2"),
+    ({"scale_attn_weights": False}, "has scale_attn_weights = False"), ({"n_inner": 65}, "has n_inner = 65"),
+    ({"activation_function": "relu"}, "has activation_function = relu: this GPT-2 has gelu_new"),
+    ({"activation_function": "gelu_pytorch_tanh", "n_inner": 64, "scale_attn_weights": True}, None)])
+def test_a_folder_that_is_another_model_is_refused_in_one_sentence(gpt, tmp_path, changes, refused):
     gpt.save_pretrained(tmp_path)
     config = read_json(tmp_path / "config.json")
-    write_json(tmp_path / "config.json", config | {"model_type": "llama"})
-    with pytest.raises(UserError, match="is of type llama, not gpt2"):
-        GPT.from_pretrained(tmp_path)
+    write_json(tmp_path / "config.json", config | changes)
+    if refused:
+        with pytest.raises(UserError, match=refused):
+            GPT.from_pretrained(tmp_path)
+    else:
+        close(GPT.from_pretrained(tmp_path)(random_ids(1, 5)), gpt(random_ids(1, 5)))
+
+
+def test_rows_beyond_the_tokenizers_are_cut(gpt):
+    ids = random_ids(1, 5, vocab=11)
+    logits = gpt(ids)
+    close(gpt.cut(11)(ids), logits[..., :11])
+    assert gpt.config.vocab_size == 11 and gpt.wte.weight.requires_grad
 
 
 # ---- Muon ------------------------------------------------------------------------------------------------

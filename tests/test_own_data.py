@@ -3,6 +3,7 @@ import csv
 import json
 import random
 import shutil
+import sys
 
 import pytest
 import torch
@@ -134,11 +135,24 @@ def test_a_judge_of_ones_own_is_for_evaluation_and_no_method_trains_on_it(pairs,
     assert ended.code == 1 and "reference was made with judge = " in ended.err
 
 
-def test_a_judge_that_is_not_there_is_named(pairs, tmp_path):
-    (tmp_path / "my_reward.py").write_text(JUDGE)
-    shutil.copytree(pairs[0], tmp_path / "run", ignore=shutil.ignore_patterns("reference", "limit*", "exo*"))
-    ended = align(tmp_path / "run", pairs[1], "--judge", tmp_path / "my_reward.py:other")
-    assert ended.code == 1 and "my_reward.py:other: the file has no function of this name" in ended.err
+@pytest.mark.parametrize("name, sentence", [
+    ("other", "KeyError('other')"), ("none", "gives None for the response ''"), ("scalar", "fails on ''"),
+    ("strings", "gives '1' for the response ''"), ("divides", "ZeroDivisionError"), ("short", "gives None")])
+def test_a_judge_that_does_not_judge_is_named_before_all_work(pairs, tmp_path, name, sentence):
+    returned = {"none": "[None]", "scalar": "1.0", "strings": "['1']", "divides": "[1 / len(responses[0])]",
+                "short": "[]"}
+    lines = [f"def {name}(prompts, responses):\n    return {value}\n" for name, value in returned.items()]
+    (tmp_path / "my_reward.py").write_text("\n".join(lines))
+    ended = align(tmp_path / "run", pairs[1], "--judge", f"{tmp_path / 'my_reward.py'}:{name}")
+    assert ended.code == 1 and sentence in ended.err and ended.err.count("\n") == 1
+    assert not (tmp_path / "run" / "sft").exists()
+
+
+def test_a_judge_imports_what_lies_next_to_it_even_a_data_module_of_its_own(tmp_path):
+    (tmp_path / "data.py").write_text("worth = 7.0\n")
+    (tmp_path / "my_reward.py").write_text("from data import worth\nscore = lambda p, r: [worth] * len(r)\n")
+    assert data.user_judge(f"{tmp_path / 'my_reward.py'}:score")(["a"] * 2, ["b"] * 2) == [7.0, 7.0]
+    assert sys.modules["data"] is data
 
 
 def test_changed_preferences_and_too_few_of_them_are_refused(pairs, tmp_path):

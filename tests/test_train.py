@@ -1,11 +1,15 @@
 """`python train.py` as a user meets it: from nothing to the frontier by one command, settings, errors."""
 import math
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import ALIGNED, small
+from conftest import ALIGNED, SMALL, small
 
 import data
 import figures
@@ -16,6 +20,8 @@ from loop import read_csv, read_json, read_tensors, write_json
 from model import GPT, sequence_logprob
 from settings import METHODS, Config, parse
 from stages import Run, open_run
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_one_command_leaves_a_policy_metrics_samples_and_the_frontier(smoke):
@@ -173,6 +179,28 @@ def test_figures_and_samples_come_from_the_run_folder_alone(finished, capsys):
         figures.main([str(finished / "sft")])
 
 
+def test_other_weights_under_the_same_path_are_refused(tmp_path, smoke):
+    weights = shutil.copytree(smoke / "sft", tmp_path / "weights")
+    assert small(tmp_path / "run", "--init", weights).code == 0
+    shutil.copyfile(smoke / ALIGNED / "model.safetensors", weights / "model.safetensors")
+    ended = small(tmp_path / "run", "--init", weights, "--label", "again")
+    assert ended.code == 1 and "was made with init = " in ended.err
+
+
+def test_a_policy_that_always_says_the_same_and_one_prompt_of_evaluation_come_to_an_end(tmp_path):
+    flags = ["--temperature", "1e-5", "--eval-prompts", "1", "--limit-prompts", "1", "--label", "$x_1$"]
+    ended = small(tmp_path, "--method", "exo-rw", *flags, draw=figures.draw)
+    assert ended.code == 0, ended.err
+    assert "exo-rw-k4-$x_1$-s0" in ended.out and "nan" not in ended.out
+
+
+def test_it_runs_where_the_terminal_has_only_ascii_and_a_notebook_has_left_its_variables(tmp_path):
+    odd = {"PYTHONIOENCODING": "ascii", "MPLBACKEND": "nowhere", "LOCAL_RANK": "3"}
+    line = [sys.executable, "train.py", *SMALL, "--run", tmp_path / "run"]
+    done = subprocess.run(line, cwd=ROOT, env=os.environ | odd, capture_output=True, text=True)
+    assert done.returncode == 0 and "share of J*" in done.stdout, done.stderr
+
+
 # ---- settings -----------------------------------------------------------------------------------------
 
 def test_presets_are_those_of_the_paper_and_flags_win():
@@ -198,7 +226,8 @@ def test_there_are_sixty_settings_and_the_help_names_each_and_the_origin_of_ever
     ("--beta-pi -1", "must be positive"), ("--temperature nan", "must be positive"),
     ("--eps 0.5", "must lie in (0, 0.5)"), ("--rounds 200", "--rounds must be at most"),
     ("--num-candidates 9", "must lie in [2, --responses = 4]"), ("--n-embd 65", "a multiple of --n-head"),
-    ("--checkpoints 0", "must be at least 1"), ("--data reviews.txt", "must be tiny, imdb or a .jsonl"),
+    ("--checkpoints 0", "must be at least 1"), ("--run=", "--run must name a folder"),
+    ("--data reviews.txt", "must be tiny, imdb or a .jsonl"),
     ("--data nowhere.jsonl", "there is no file nowhere.jsonl"), ("--tokenizer gpt3", "must be tiny, gpt2")])
 def test_usage_errors_are_one_sentence(arguments, sentence, capsys):
     with pytest.raises(SystemExit) as stopped:

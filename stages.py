@@ -30,8 +30,9 @@ class Run:
         device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.device = join_processes(torch.device(device))
         self.bf16 = self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        torch.set_float32_matmul_precision("high")        # on CUDA: TF32 for the heads' float32 products
-        torch.backends.cuda.enable_cudnn_sdp(False)       # it plans for 20 to 40 ms at every new shape
+        if self.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")    # TF32 for the heads' float32 products
+            torch.backends.cuda.enable_cudnn_sdp(False)   # it plans for 20 to 40 ms at every new shape
         kind, _, size = cfg.tokenizer.partition("-")
         self.encoding = data.tiny_encoding() if kind == "tiny" else data.gpt2_encoding(int(size or 50_256))
         self.eos_id = self.encoding.eot_token

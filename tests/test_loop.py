@@ -142,11 +142,11 @@ train.main(sys.argv[1:])
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["exo-rw", "xpo", "ppo"])
 def test_a_killed_run_ends_with_the_same_bytes(tmp_path, method):
-    """Killed in SFT, in the oracle, in the reward model, and twice in the alignment."""
+    """Killed in SFT, in the reward model (XPO has none), and twice in the alignment."""
     flags = [*SMALL, "--method", method, "--rounds", "2"]
     assert small(tmp_path / "whole", "--method", method, "--rounds", "2").code == 0
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    for left in (3, 5, 8, 9, 4):
+    for left in (4, 10, 8, 4):
         command = [sys.executable, "-c", KILLED.format(left=left), *flags, "--run", tmp_path / "killed"]
         assert subprocess.run(command, env=environment, capture_output=True).returncode == -9
     assert small(tmp_path / "killed", "--method", method, "--rounds", "2").code == 0

@@ -110,7 +110,8 @@ def toy_size(command, place):
                         ("--eval-split", "trials"), ("torch.distributed.run", "processes")):
         if word in command:
             folder = other
-    extra = ["--run", str(place / folder), "--smoke", "--sft-reviews", "200", "--align-steps", "8"]
+    extra = ["--run", str(place / folder), "--smoke", "--sft-reviews", "200", "--align-steps", "8",
+             "--sft-steps", "6", "--oracle-steps", "6", "--limit-responses", "64", "--eval-samples", "1"]
     extra += [] if "--preset" in command else ["--preset", "tiny"]
     extra += ["--tokenizer", "tiny", "--new-tokens", "40"] if own or real else []
     return extra + (["--responses", "6"] if real else [])

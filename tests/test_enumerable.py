@@ -1,5 +1,6 @@
 """Where every response can be written out: KL estimators, the limit, EXO, DPO and XPO against the truth."""
 import math
+from types import SimpleNamespace
 
 import enumerable as lm
 import pytest
@@ -29,26 +30,19 @@ def test_every_response_is_there_once():
 
 # ---- KL and the limit ---------------------------------------------------------------------------------
 
-@torch.no_grad()
-def exact_kl(pi, temperature):
-    """-> log pi(y|x) (P, Y), log pi / pi_sft (P, Y), KL(pi || pi_sft) (P,)"""
-    logp = lm.log_probs(pi, temperature)
-    ref_logp = lm.log_probs(lm.policy(), temperature)
-    return logp, logp - ref_logp, lm.evaluate(logp, ref_logp)[1]
-
-
 @pytest.mark.parametrize("temperature", [1.0, 0.8])
+@torch.no_grad()
 def test_both_kl_estimators_are_unbiased_and_the_full_one_varies_less(temperature):
     """In exact expectation over all responses."""
     pi = lm.moved_policy()
-    logp, log_ratio, kl = exact_kl(pi, temperature)
-    p = logp.exp()                                                   # (P, Y)
+    logp, ref_logp = (lm.log_probs(gpt, temperature) for gpt in (pi, lm.policy()))       # (P, Y) each
+    p, kl = logp.exp(), lm.evaluate(logp, ref_logp)[1]               # (P, Y), (P,)
     full, plain = sequence_kl(pi, lm.policy(), lm.IDS, lm.MASK, temperature)         # (N,), (N,)
     full = full.double().view(p.shape)                               # (N,) -> (P, Y)
     plain = plain.double().view(p.shape)                             # (N,) -> (P, Y)
     assert kl.min() > 0.2 and full.min() >= 0
     torch.testing.assert_close((p * full).sum(1), kl, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(plain, log_ratio, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(plain, logp - ref_logp, atol=1e-4, rtol=1e-4)
     variance, plain_variance = ((p * (x - kl[:, None]) ** 2).sum(1) for x in (full, plain))      # (P,), (P,)
     assert (variance < 0.5 * plain_variance).all()
 
@@ -75,27 +69,21 @@ def test_the_sampled_limit_is_the_exact_one():
 # ---- training, by the loops of train.py ---------------------------------------------------------------
 
 class Practice:
-    """In place of train.Alignment: from the enumerable pi_sft, without evaluation."""
+    """In place of train.Alignment: from the enumerable pi_sft, without evaluation; it may break off."""
 
-    def __init__(self, run, method):
+    def __init__(self, run, method, broken_at=None):
         self.run, self.method, self.seed, self.rewarded_by = run, method, 0, None
-        self.policy, self.ref = lm.policy(), lm.policy()
+        self.policy, self.ref, self.broken_at = lm.policy(), lm.policy(), broken_at
         self.optimizer = adamw(self.policy.parameters(), run.cfg.align_lr)
         self.metrics = Log(run.folder / "metrics.csv")
         train.align_by_comparison(run, self)
 
     def steps(self, total, **kept):
-        self.kept = kept
-        kept = kept | {"policy": self.policy, "optimizer": self.optimizer}
-        yield from resumable(self.run.folder, kept, total, "practice")
-
-
-def responses(each, seed=0, temperature=1.0):
-    """What the stage `responses` keeps: `each` responses of pi_sft to every prompt, scored."""
-    ids, mask = lm.sample(lm.policy(), each, seed, temperature)
-    with torch.no_grad():
-        ref_logp = sequence_logprob(lm.policy(), ids, mask, temperature)
-    return {"ids": ids.int(), "mask": mask, "ref_logp": ref_logp, "reward": lm.reward_of(ids, mask)}
+        self.kept = kept | {"policy": self.policy, "optimizer": self.optimizer, "metrics": self.metrics}
+        for step in resumable(self.run.folder, self.kept, total, "practice"):
+            if step == self.broken_at:
+                raise KeyboardInterrupt
+            yield step
 
 
 @pytest.fixture
@@ -104,10 +92,12 @@ def start_run(tmp_path, monkeypatch):
     def start(n, name="run", **settings):
         run = Run(Config(run=tmp_path / name, prompts=3 * n, prompt_tokens=1, new_tokens=lm.NEW, device="cpu",
                          **settings))
-        run.eos_id, cfg = lm.EOS, run.cfg
-        sampled = {}
-        for column, values in responses(n * cfg.responses).items():
-            sampled[column] = values.view(cfg.prompts, cfg.responses, *values.shape[1:])
+        run.eos_id = lm.EOS
+        ids, mask = lm.sample(lm.policy(), n * run.cfg.responses)
+        with torch.no_grad():
+            ref_logp = sequence_logprob(lm.policy(), ids, mask)
+        sampled = {"ids": ids.int(), "mask": mask, "ref_logp": ref_logp, "reward": lm.reward_of(ids, mask)}
+        sampled = {name: column.unflatten(0, (3 * n, -1)) for name, column in sampled.items()}
         write_tensors(run.folder / "responses.safetensors", sampled)
         write_tensors(run.folder / "rewards.safetensors", {"reward": sampled["reward"]})
         return run
@@ -117,6 +107,13 @@ def start_run(tmp_path, monkeypatch):
     monkeypatch.setattr(stages, "reward_function", lambda run, folder: lm.reward_of)
     monkeypatch.setattr(Run, "prompts", lambda run, split, n: lm.PROMPTS.tolist() * (n // 3))
     return start
+
+
+def drawn(run, method, policy):
+    """What a first round by this policy compares.  -> {name: (n, K, ...)}, and of it ids, mask: (n K, T)"""
+    alignment = SimpleNamespace(method=method, seed=0, rewarded_by=None, policy=policy, ref=lm.policy())
+    compared = train.candidates(run, alignment, 0)
+    return compared, compared["ids"].flatten(0, 1).long(), compared["mask"].flatten(0, 1)
 
 
 @pytest.mark.parametrize("method", ["exo-rw", "dpo-rw"])
@@ -139,15 +136,24 @@ def test_rounds_reach_the_optimum_from_ppos_number_of_responses(method, start_ru
     assert gain >= 0.95 and abs(kl - 1) <= 0.2
 
 
+@pytest.mark.parametrize("method, settings, prompts", [
+    ("exo-rw", dict(align_steps=24, rounds=3, **ROUNDS), 16),        # rounds begin at 0, 8, 16
+    ("xpo", dict(xpo_rounds=3, xpo_prompts=24, align_batch=16, align_lr=3e-3), 72)])     # at 0, 3, 9
+def test_rounds_go_on_where_they_broke_off_to_the_same_bits(method, settings, prompts, start_run):
+    """In the middle of a round: on that round's responses, for XPO on all pairs so far."""
+    whole = Practice(start_run(16, "whole", **settings), method)
+    with pytest.raises(KeyboardInterrupt):
+        Practice(start_run(16, "broken off", **settings), method, broken_at=14)
+    rest = Practice(start_run(16, "broken off", **settings), method)
+    assert torch.equal(lm.weights(rest.policy), lm.weights(whole.policy))
+    assert rest.metrics.rows == whole.metrics.rows
+    assert len(rest.kept["compared"]["reward"]) == prompts
+
+
 def test_a_round_is_the_policys_own_responses_with_the_kl_paid(start_run):
-    run = start_run(100, align_steps=10, rounds=2, **ROUNDS)
-    alignment = type("Alignment", (), {"method": "exo-rw", "seed": 0, "rewarded_by": None})
-    alignment.policy, alignment.ref = lm.moved_policy(), lm.policy()
-    new = train.candidates(run, alignment, 1)
-    ids, mask = new["ids"].flatten(0, 1).long(), new["mask"].flatten(0, 1)               # (n K, T)
-    with torch.no_grad():
-        logq = sequence_logprob(alignment.policy, ids, mask)                             # (n K,)
-        ref_logp = sequence_logprob(alignment.ref, ids, mask)                            # (n K,)
+    run, pi = start_run(100, align_steps=10, rounds=2, **ROUNDS), lm.moved_policy()
+    new, ids, mask = drawn(run, "exo-rw", pi)
+    logq, ref_logp = (sequence_logprob(gpt, ids, mask) for gpt in (pi, lm.policy()))     # (n K,) each
     assert len(new["ids"]) == run.cfg.prompts // 2
     torch.testing.assert_close(new["ref_logp"].flatten(), logq, atol=1e-4, rtol=1e-4)
     paid = lm.reward_of(ids, mask) - 0.5 * (logq - ref_logp)
@@ -171,12 +177,9 @@ SHORT = dict(responses=2, xpo_rounds=2, xpo_prompts=24, xpo_epochs=2, align_batc
 
 
 def test_alpha_zero_is_dpo_through_the_whole_training(start_run, monkeypatch):
-    def without_bonus(logp, ref_logp, explore_logp, beta, alpha):
-        return dpo_loss(logp, ref_logp, beta)
-
     alpha_zero = Practice(start_run(16, "alpha zero", alpha=0.0, **SHORT), "xpo")
     with_bonus = Practice(start_run(16, "with bonus", alpha=0.1, **SHORT), "xpo")
-    monkeypatch.setattr(xpo, "xpo_loss", without_bonus)
+    monkeypatch.setattr(xpo, "xpo_loss", lambda logp, ref, explore, beta, alpha: dpo_loss(logp, ref, beta))
     dpo = Practice(start_run(16, "dpo", alpha=0.1, **SHORT), "xpo")
     assert torch.equal(lm.weights(alpha_zero.policy), lm.weights(dpo.policy))
     assert alpha_zero.metrics.rows == dpo.metrics.rows and len(dpo.metrics.rows) == 9
@@ -190,8 +193,7 @@ def test_alpha_zero_is_dpo_through_the_whole_training(start_run, monkeypatch):
 def test_the_bonus_is_on_the_responses_of_pi_sft(start_run):
     """At the first step pi = pi_sft: log 2 of every pair, and alpha times the mean log pi_sft(y~)."""
     run = start_run(16, alpha=0.1, **SHORT | dict(xpo_rounds=1, xpo_epochs=1, align_batch=24))
-    alignment = type("Alignment", (), {"method": "xpo", "seed": 0, "policy": lm.policy(), "ref": lm.policy()})
-    pairs = train.candidates(run, alignment, 0)
+    pairs, _, _ = drawn(run, "xpo", lm.policy())
     explore_logp = pairs["ref_logp"].gather(1, pairs["explore"][:, None]).mean()
     other_logp = pairs["ref_logp"].gather(1, 1 - pairs["explore"][:, None]).mean()
     assert abs(explore_logp - other_logp) > 0.01
@@ -199,27 +201,23 @@ def test_the_bonus_is_on_the_responses_of_pi_sft(start_run):
     assert first["loss"] == pytest.approx(math.log(2) + 0.1 * float(explore_logp), abs=1e-4)
 
 
-def played(run, policy):
-    """A round of XPO by this policy, away from pi_sft.  -> its pairs"""
-    alignment = type("Alignment", (), {"method": "xpo", "seed": 0, "policy": policy, "ref": lm.policy()})
-    return train.candidates(run, alignment, 0)
-
-
-def test_a_pair_has_its_winner_first_and_the_references_log_probs(start_run):
-    pairs = played(start_run(40, xpo_prompts=120, labels="argmax", temperature=0.8), lm.moved_policy())
-    ids = pairs["ids"].flatten(0, 1).long()                          # (n, 2, T) -> (2 n, T)
-    mask = pairs["mask"].flatten(0, 1)                               # (n, 2, T) -> (2 n, T)
-    reward = lm.reward_of(ids, mask).view(-1, 2)                     # (2 n,) -> (n, 2)
-    assert (reward[:, 0] >= reward[:, 1]).all() and (reward[:, 0] > reward[:, 1]).float().mean() > 0.9
-    with torch.no_grad():
-        ref_logp = sequence_logprob(lm.policy(), ids, mask, 0.8).view(-1, 2)
+@pytest.mark.parametrize("labels", ["argmax", "bt"])
+def test_a_pair_has_its_winner_first_and_the_references_log_probs(labels, start_run):
+    run = start_run(100, xpo_prompts=300, labels=labels, temperature=0.8)
+    pairs, ids, mask = drawn(run, "xpo", lm.moved_policy())
+    lead = lm.reward_of(ids, mask).view(-1, 2) @ torch.tensor([1.0, -1.0])               # (2 n,) -> (n,)
+    lead = lead[lead != 0]                                           # without ties
+    chance = {"argmax": torch.ones(len(lead)), "bt": lead.abs().sigmoid()}[labels]       # that the best won
+    surprise = (lead > 0).float() - chance
+    assert len(lead) > 270 and abs(surprise.mean()) <= 4 * surprise.std() / math.sqrt(len(lead))
+    ref_logp = sequence_logprob(lm.policy(), ids, mask, 0.8).view(-1, 2)                 # (2 n,) -> (n, 2)
     torch.testing.assert_close(pairs["ref_logp"], ref_logp, atol=1e-4, rtol=1e-4)
 
 
 def test_explore_marks_pi_sfts_response_won_or_lost(start_run):
     """Whatever pi_t is, pi_sft draws the same responses: those that the marks of both rounds point at."""
-    rounds = [played(start_run(40, name, xpo_prompts=120), policy)
-              for name, policy in (("a", lm.moved_policy()), ("b", lm.moved_policy(0.2)))]
+    run = start_run(40, xpo_prompts=120)
+    rounds = [drawn(run, "xpo", lm.moved_policy(fraction))[0] for fraction in (0.5, 0.2)]
     theirs = [pairs["ids"][range(120), pairs["explore"]] for pairs in rounds]            # (n, T) each
     ours = [pairs["ids"][range(120), 1 - pairs["explore"]] for pairs in rounds]          # (n, T) each
     assert torch.equal(*theirs) and not torch.equal(*ours)
@@ -228,16 +226,15 @@ def test_explore_marks_pi_sfts_response_won_or_lost(start_run):
 
 def test_the_other_response_is_the_present_policys(start_run):
     """The mean of log pi / pi_sft is the KL on samples of pi, and below 0 on those of pi_sft."""
-    pairs = played(start_run(400, xpo_prompts=1200), lm.moved_policy())
-    ids = pairs["ids"].flatten(0, 1).long()                          # (n, 2, T) -> (2 n, T)
-    _, h = sequence_kl(lm.moved_policy(), lm.policy(), ids, pairs["mask"].flatten(0, 1), 1.0)
+    pi, ref = lm.moved_policy(), lm.policy()
+    pairs, ids, mask = drawn(start_run(400, xpo_prompts=1200), "xpo", pi)
     theirs = pairs["explore"][:, None]                               # (n, 1)
-    other = h.view(-1, 2).gather(1, 1 - theirs)                      # (n, 1)
-    kl = exact_kl(lm.moved_policy(), 1.0)[2].mean()
+    h = sequence_kl(pi, ref, ids, mask, 1.0)[1].view(-1, 2)          # (2 n,) -> (n, 2)
+    other = h.gather(1, 1 - theirs)                                  # (n, 1)
+    kl = lm.evaluate(lm.log_probs(pi), lm.log_probs(ref))[1].mean()
     assert abs(other.mean() - kl) < 4 * other.std() / math.sqrt(len(other))
-    assert h.view(-1, 2).gather(1, theirs).mean() < 0
+    assert h.gather(1, theirs).mean() < 0
 
 
 def test_rounds_make_their_passes_over_all_pairs_so_far():
-    assert xpo.schedule(rounds=3, prompts=10, epochs=2, batch_size=4) == [5, 10, 15]     # over 10, 20, 30
-    assert xpo.schedule(rounds=2, prompts=10, epochs=1, batch_size=8) == [2, 3]
+    assert xpo.schedule(rounds=3, prompts=10, epochs=2, batch_size=8) == [3, 5, 8]       # 20, 40, 60 pairs

@@ -9,7 +9,9 @@ import torch
 
 import data
 import evaluate
-from evaluate import gap_to_limit, kl_needed, limit_curve, optimum, share_of_objective, win_rate
+import stages
+from evaluate import gap_to_limit, kl_needed, limit_curve, optimum, sequence_kl, share_of_objective, win_rate
+from model import GPT
 
 
 # ---- the limit against closed forms ------------------------------------------------------------------------
@@ -103,12 +105,13 @@ def world():
         up = np.random.default_rng(1).random((P + 1, S, n)) < 1 / (1 + math.exp(-2 * share / beta))
         return SimpleNamespace(reward=base + (2 * up - 1).sum(2), kl=np.full(P + 1, kl_at(TEMPERATURE)),
                                kl_without_temperature=np.full(P + 1, kl_at(1.0)))
-    return SimpleNamespace(limit_reward=base[:P] + slots, policy=policy)
+    reward = base[:P] + slots
+    return SimpleNamespace(limit_reward=reward, curve=limit_curve(reward), policy=policy)
 
 
 def gap(world, reward, kl):
     """-> the gap and its standard error over prompts, at the beta where the bound is lowest."""
-    curve = limit_curve(world.limit_reward)
+    curve = world.curve
     value = gap_to_limit(curve, reward.mean(), kl.mean())
     beta = curve["beta"][np.argmin(curve["beta"] * (curve["log_z"] + kl.mean()))]
     per_prompt = beta * (optimum(world.limit_reward, beta)[3] + kl) - reward.mean(1)     # (P,)
@@ -182,9 +185,22 @@ def test_density_ratio_follows_a_known_tilt():
     grid = np.linspace(-1.5, 1.5, 13)
     ratio = evaluate.density_ratio(s, weight, grid)
     np.testing.assert_allclose(ratio, np.exp(tilt * grid - tilt ** 2 / 2), rtol=0.12)
+    assert np.isnan(evaluate.density_ratio(s, weight, np.array([-9.0, 9.0]))).all()      # nothing is near
 
 
 # ---- a row of eval.csv -------------------------------------------------------------------------------------
+
+def test_every_prompt_is_measured_on_responses_of_its_own_at_the_sampling_temperature(gpt):
+    cfg = SimpleNamespace(temperature=2.0, eval_prompts=3, eval_samples=4, new_tokens=6, sample_batch=5)
+    run = SimpleNamespace(cfg=cfg, T=9, eos_id=0, prompts=lambda split, n: [[1, 2], [3], [4, 5, 6]])
+    ref, generator = GPT(gpt.config), torch.Generator().manual_seed(0)
+    measured = stages.evaluation(run, gpt, ref, lambda ids, mask: ids[:, 0].float(), generator)
+    assert measured["reward"].tolist() == [[1.0] * 4, [3.0] * 4, [4.0] * 4]
+    ids, mask = measured["ids"].flatten(0, 1).long(), measured["mask"].flatten(0, 1)     # (P S, T) each
+    assert len(ids.unique(dim=0)) > 9
+    measured = torch.stack([measured["kl"], measured["k1"]]).flatten(1)                  # (2, P S)
+    torch.testing.assert_close(measured, torch.stack(sequence_kl(gpt, ref, ids, mask, 2.0)))
+
 
 def test_copies_of_a_sample_do_not_shrink_its_standard_error():
     random = torch.Generator().manual_seed(0)

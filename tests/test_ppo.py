@@ -1,10 +1,10 @@
 """PPO: its formulas by their definitions, its update against the exact gradient of J, its end by pi*."""
-import copy
 import math
 
 import enumerable as lm
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.nn.utils import parameters_to_vector
 
 import ppo
@@ -29,8 +29,7 @@ def ragged():
 def models():
     """pi, one step away from pi_sft; pi_sft; a critic with a random head."""
     critic = ScalarGPT(lm.policy(), lm.EOS)
-    with torch.no_grad():
-        critic.score.weight.copy_(0.1 * normal(*critic.score.weight.shape))
+    torch.nn.init.normal_(critic.score.weight, std=0.1, generator=torch.Generator().manual_seed(0))
     return lm.moved_policy(0.1), lm.policy(), critic
 
 
@@ -50,7 +49,7 @@ def iterate(pi, ref, critic, optimizers=None, seed=0, samples=8, **settings):
     return ppo.iteration(pi, ref, critic, *optimizers, lm.reward_of, prompts, **usual | settings)
 
 
-# ---- rewards and advantages ---------------------------------------------------------------------------
+# ---- the formulas -------------------------------------------------------------------------------------
 
 def test_token_rewards_are_the_kl_of_each_token_and_the_reward_at_the_last():
     mask = ragged()
@@ -88,24 +87,22 @@ def test_whitening_has_mean_zero_and_variance_one_over_the_mask():
     assert (whitened[~mask] == 0).all()
 
 
-def test_padding_changes_nothing_and_inputs_are_not_written_to():
-    mask = ragged()
-    tensors = normal(4, N, T)
-    before = tensors.clone()
-    padded_mask = torch.cat([mask, torch.zeros(N, 4, dtype=torch.bool)], dim=1)
-    padded = torch.cat([tensors, torch.full((4, N, 4), math.nan)], dim=2)
-
-    def everything(tensors, mask):
+def test_what_lies_off_the_mask_changes_nothing_and_inputs_are_not_written_to():
+    """Prompts and padding, first of zeros, then of nan and four columns longer."""
+    results = []
+    for room, off in ((0, 0.0), (4, math.nan)):
+        mask = F.pad(ragged(), (0, room))                            # (N, T + room)
+        tensors = F.pad(normal(4, N, T), (0, room)).where(mask, off)             # (4, N, T + room)
+        before = tensors.clone()
         logp, ref_logp, values, old_values = tensors
         rewards = ppo.token_rewards(logp, ref_logp, normal(N), mask, beta=0.3)
         advantages, returns = ppo.gae(rewards, values, mask)
-        advantages = ppo.whiten(advantages, mask)
-        losses = [ppo.policy_loss(logp, ref_logp, advantages, mask),
+        whitened = ppo.whiten(advantages, mask)
+        losses = [ppo.policy_loss(logp, ref_logp, whitened, mask),
                   ppo.value_loss(values, old_values, returns, mask, clip=0.2)]
-        return losses, [x[:, :T] for x in (rewards, advantages, returns)]
-
-    torch.testing.assert_close(everything(padded, padded_mask), everything(tensors, mask))
-    assert torch.equal(tensors, before) and torch.equal(mask, ragged())
+        results.append((losses, [x[:, :T] for x in (rewards, whitened, returns)]))
+        torch.testing.assert_close(tensors, before, atol=0, rtol=0, equal_nan=True)
+    torch.testing.assert_close(*results)
 
 
 def test_a_value_has_read_the_token_before_and_not_its_own():
@@ -119,8 +116,6 @@ def test_a_value_has_read_the_token_before_and_not_its_own():
         assert changed[:, :t + 1].abs().max() < 1e-5
         assert (changed[:, t + 1:] != 0).all()
 
-
-# ---- losses -------------------------------------------------------------------------------------------
 
 def test_the_clip_stops_gains_and_not_losses():
     log_ratio = torch.tensor([[0.0, 0.5, 0.5, -0.5, -0.5, 0.1]], requires_grad=True)
@@ -151,7 +146,7 @@ def test_the_first_update_starts_at_ratio_one():
     assert iterate(*models(), minibatches=2, **settings)["approx_kl"] > 1e-6
 
 
-# ---- against the exact policy gradient, on every response there is ------------------------------------
+# ---- iterations, against the exact gradient over every response there is ------------------------------
 
 def exact_gradient(pi, ref, temperature=1.0):
     """The gradient of J, summed over prompts, by autograd."""
@@ -162,10 +157,7 @@ def exact_gradient(pi, ref, temperature=1.0):
 
 @torch.no_grad()
 def every_rollout(pi, ref):
-    """log pi and R_t of every response, V by its definition: the mean reward-to-go of those that begin alike.
-
-    -> logp, rewards, values: (N, T) of the enumeration's rows
-    """
+    """log pi, R_t, and V as the mean reward-to-go of all responses that begin alike.  -> (N, T) each"""
     logp = token_logprob(pi, lm.IDS, lm.MASK)
     rewards = ppo.token_rewards(logp, token_logprob(ref, lm.IDS, lm.MASK), lm.REWARD.flatten(), lm.MASK, BETA)
     to_go = rewards.flip(1).cumsum(1).flip(1)                        # (N, T)
@@ -173,8 +165,7 @@ def every_rollout(pi, ref):
     values = torch.zeros_like(rewards)
     for t in range(1, lm.T):
         _, alike = torch.unique(lm.IDS[:, :t], dim=0, return_inverse=True)     # (N,) beginnings, numbered
-        weight = torch.zeros(len(p)).double().index_add(0, alike, p)
-        total = torch.zeros(len(p)).double().index_add(0, alike, p * to_go[:, t])
+        weight, total = (torch.zeros_like(p).index_add(0, alike, x) for x in (p, p * to_go[:, t]))
         values[:, t] = (total / weight)[alike]
     return logp, rewards, values.where(lm.MASK, 0.0)
 
@@ -196,14 +187,14 @@ def test_expected_gradient_is_the_gradient_of_J(critic_is_exact, lam):
 
 def test_the_mean_update_points_along_the_gradient_of_J():
     """A whole iteration as one plain gradient step, at a temperature, with a critic that knows nothing."""
-    pi, ref, critic = models()
     mean_update = 0
     for seed in range(6):
-        new = copy.deepcopy(pi)
-        iterate(new, ref, critic, sgd(new, critic), seed, policy_lr=1e-2, critic_lr=0.0, samples=500,
+        pi, ref, critic = models()
+        before = lm.weights(pi)
+        iterate(pi, ref, critic, sgd(pi, critic), seed, policy_lr=1e-2, critic_lr=0.0, samples=500,
                 epochs=1, minibatches=1, temperature=0.7)
-        mean_update = mean_update + (lm.weights(new) - lm.weights(pi)) / 6
-    assert torch.cosine_similarity(mean_update, exact_gradient(pi, ref, 0.7), dim=0) > 0.97
+        mean_update = mean_update + (lm.weights(pi) - before) / 6
+    assert torch.cosine_similarity(mean_update, exact_gradient(*models()[:2], 0.7), dim=0) > 0.97
 
 
 def test_training_reaches_the_optimum():
@@ -212,17 +203,14 @@ def test_training_reaches_the_optimum():
     pi, ref = lm.policy(), lm.policy()
     critic = ScalarGPT(ref, lm.EOS)
     optimizers = adam(pi, critic)
-    generator = torch.Generator().manual_seed(0)
     for step in range(-3, steps):
         now = lr * cosine(max(step, 0), steps)
-        stats = iterate(pi, ref, critic, optimizers, policy_lr=now, critic_lr=now, samples=48,
-                        generator=generator, critic_only=step < 0)
+        stats = iterate(pi, ref, critic, optimizers, seed=step, policy_lr=now, critic_lr=now, samples=48,
+                        critic_only=step < 0)
     gain, kl = lm.reached(pi, BETA)
     assert gain >= 0.95 and abs(kl - 1) <= 0.2
     assert stats["explained_variance"] > 0.7
 
-
-# ---- one iteration as a piece of a program ------------------------------------------------------------
 
 def test_critic_only_leaves_the_policy_as_it_is():
     pi, ref, critic = models()
@@ -247,7 +235,6 @@ def test_micro_batches_change_memory_only():
 
 
 def test_prompts_may_have_any_lengths():
-    generator = torch.Generator().manual_seed(0)
-    batch = ppo.rollout(*models(), lm.reward_of, [[1], [2, 3, 4]] * 3, 2, 5, 1.0, lm.EOS, generator, 4)
+    batch = ppo.rollout(*models(), lm.reward_of, [[1], [2, 3, 4]] * 3, 2, 5, 1.0, lm.EOS, None, 4)
     assert batch["ids"][:, 0].tolist() == [1, 2] * 3
     assert batch["mask"][:, 1].tolist() == [True, False] * 3

@@ -4,6 +4,7 @@ A run's settings are Config's defaults, which are the tiny preset, then the pres
 line's flags: the later ones win.
 """
 import argparse
+import math
 import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -193,12 +194,13 @@ def problems(cfg):
         least = 0 if setting.name in ("pipeline", "micro_batch", "sft_stretches") else 1
         if setting.type is int and getattr(cfg, setting.name) < least:
             yield f"--{setting.name.replace('_', '-')} must be at least {least}"
-    if not all(0 < number < float("inf") for number in (cfg.beta_pi, cfg.beta_r, cfg.temperature)):
-        yield "--beta-pi, --beta-r and --temperature must be positive"
+        value = getattr(cfg, setting.name)
+        if setting.type is float and setting.name != "alpha" and not 0 < value < math.inf:
+            yield f"--{setting.name.replace('_', '-')} must be positive and finite"
     if not 0 < cfg.eps < 0.5:
         yield f"--eps must lie in (0, 0.5), got {cfg.eps}: at 0 the reverse KL is infinite"
-    if not 0 <= cfg.alpha < float("inf"):
-        yield f"--alpha must not be negative, got {cfg.alpha}"
+    if not 0 <= cfg.alpha < math.inf:
+        yield f"--alpha must be finite and not negative, got {cfg.alpha}"
     if cfg.n_embd % cfg.n_head:
         yield f"--n-embd must be a multiple of --n-head, got {cfg.n_embd} and {cfg.n_head}"
     if not re.fullmatch(r"tiny|gpt2(-\d{3,5})?", cfg.tokenizer):
@@ -212,6 +214,12 @@ def problems(cfg):
             yield f"--rounds must be at most --align-steps and --prompts / --align-batch, got {cfg.rounds}"
         if not 2 <= cfg.num_candidates <= cfg.responses or not 2 <= cfg.rm_responses <= cfg.responses:
             yield f"--num-candidates and --rm-responses must lie in [2, --responses = {cfg.responses}]"
+    if "/" in cfg.label or "\\" in cfg.label:
+        yield f"--label must be a word without a slash, got {cfg.label}"
+    if cfg.imdb and cfg.data != "imdb":
+        yield "--imdb needs an imdb preset, such as --preset imdb-mini"
+    if cfg.judge and not re.fullmatch(r".+\.py:\w+", cfg.judge):
+        yield f"--judge must be FILE.py:NAME, got {cfg.judge}"
     files = [cfg.data] * cfg.own + cfg.imdb + [cfg.judge.rpartition(":")[0]] * bool(cfg.judge)
     for path in files:
         if not Path(path).is_file():

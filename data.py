@@ -268,12 +268,13 @@ def read_preferences(path, encoding, prompt_tokens, new_tokens):
     `prompt_tokens` in its prompt.
     """
     preferences = []
-    with open(path, encoding="utf-8-sig") as file:        # with or without a byte order mark
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
-                new = read_preference(json.loads(line), encoding)
+                text = line.decode("utf-8-sig")           # with or without a byte order mark
+                new = read_preference(json.loads(text), encoding)
                 if len(new.prompt) > prompt_tokens:
                     raise ValueError(f"a prompt of {len(new.prompt):,} tokens: raise --prompt-tokens")
                 preferences.append(new)

@@ -104,7 +104,7 @@ def draw(run):
 def frontier(axes, groups, sampled, path):
     """Figure 2: reward against KL.  All lines begin at (0, 0), pi_sft's place.  sampled: of `stages.limit`"""
     reward = sampled["reward"]                                                  # (P, M)
-    best = [evaluate.best_of_n(reward, n) for n in (1, 2, 4, 8, 16, 32, 64)]
+    best = [evaluate.best_of_n(reward, n) for n in (1, 2, 4, 8, 16, 32, 64) if n <= reward.shape[1]]
     lines = {"the limit": evaluate.limit_curve(reward),
              "best of n (at most this KL)": dict(zip(("kl", "reward"), np.array(best).T))}
     if "model_reward" in sampled:
@@ -138,7 +138,7 @@ def density(run, groups):
     grid = np.linspace(*np.percentile(drawn["ref"], [2, 98]), 100)              # (G,)
     figure, axes = canvas(run, "density ratio on one prompt", "$\\log \\pi_{sft}$ of a response, nats",
                           "$\\pi / \\pi_{sft}$")
-    for name in ("optimum", *groups):
+    for name in (["optimum"] if cfg.judge_is_reward else []) + list(groups):
         if name == "optimum":
             log_weight, style = drawn[name], {"color": COLORS["limit"]}
         else:
@@ -163,7 +163,7 @@ def table(run, groups, sampled):
         beta = settings["beta_pi"] * settings.get("beta_r", 1)                  # from pairs beta_pi alone
         policy = beta, samples["reward"], samples["kl"], before["reward"]
         share, se, model_share = math.nan, math.nan, math.nan
-        if not run.cfg.own:                             # beta does not divide the rewards of a file's judge
+        if run.cfg.judge_is_reward:
             share, se = evaluate.share_of_objective(*policy, limit_reward)
         if model_reward is not None and settings.get("reward") == "model":
             model_share, _ = evaluate.share_of_objective(*policy, model_reward, judged=limit_reward)

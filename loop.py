@@ -115,7 +115,7 @@ def update(optimizers, lr, sums, where):
     means = dict(zip([*sums.total, "grad_norm"], means))
     if not (math.isfinite(means["loss"]) and math.isfinite(means["grad_norm"])):
         raise UserError(f"{where}: the loss is {means['loss']:.4g} and its gradient's norm "
-                        f"{means['grad_norm']:.4g}; nothing was changed: lower the learning rate")
+                        f"{means['grad_norm']:.4g}; this step was not taken: lower the learning rate")
     for group in groups:
         group["lr"] = lr
     for optimizer in optimizers:
@@ -293,7 +293,7 @@ def lock(folder):
 def atomic(path, mode="wb"):
     """Opens a file that takes the name `path` only when it is whole."""
     path = Path(path)
-    part = path.with_name(f".{path.name}.part") if writes() else Path(os.devnull)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part") if writes() else Path(os.devnull)
     if writes():
         path.parent.mkdir(parents=True, exist_ok=True)
     with open(part, mode, encoding=None if "b" in mode else "utf-8") as file:
@@ -324,9 +324,9 @@ def cell(value):
 
 
 def read_csv(path):
-    """A list of {column: float}; an empty cell is nan."""
+    """A list of {column: float}"""
     with open(path, newline="", encoding="utf-8") as file:
-        return [{name: float(cell or "nan") for name, cell in row.items()} for row in csv.DictReader(file)]
+        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
 
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,

@@ -15,7 +15,7 @@ METHODS = ("exo", "dpo", "exo-rw", "dpo-rw", "ppo", "xpo")            # -rw: fro
 
 
 def opt(default, stages, help, choices=None):
-    """A setting.  stages: those whose artifact depends on it, and is refused when it has changed."""
+    """A setting.  stages: those whose results depend on it: they are refused if it has changed."""
     metadata = {"help": help, "stages": stages.split(), "choices": choices}
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=metadata)
@@ -109,10 +109,15 @@ class Config:
         """Whether the data are a user's file of preferences."""
         return self.data.endswith(".jsonl")
 
-    def of(self, stage):
-        """{name: value} of the settings that a stage's artifact depends on."""
-        stages = {stage}
-        if self.own and stage not in ("sft", "responses"):            # the reward model judges everything
+    @property
+    def judge_is_reward(self):
+        """Whether evaluation's rewards are on the scale of the rewards that beta divides."""
+        return not self.own and not self.judge
+
+    def of(self, *stages):
+        """{name: value} of the settings that an artifact of these stages depends on."""
+        stages = set(stages)
+        if self.own and not stages & {"sft", "responses"}:            # the reward model judges everything
             stages.add("reward_model")
         return {f.name: getattr(self, f.name) for f in fields(self) if stages & set(f.metadata["stages"])}
 
@@ -203,15 +208,22 @@ def problems(cfg):
         yield f"--alpha must be finite and not negative, got {cfg.alpha}"
     if cfg.n_embd % cfg.n_head:
         yield f"--n-embd must be a multiple of --n-head, got {cfg.n_embd} and {cfg.n_head}"
-    if not re.fullmatch(r"tiny|gpt2(-\d{3,5})?", cfg.tokenizer):
-        yield f"--tokenizer must be tiny, gpt2 or a form of gpt2-4096, got {cfg.tokenizer}"
+    size = re.fullmatch(r"tiny|gpt2(?:-(\d+))?", cfg.tokenizer)
+    if not size or not 256 <= int(size[1] or 256) <= 50_256:
+        yield f"--tokenizer must be tiny, gpt2 or gpt2-N with N in [256, 50256], got {cfg.tokenizer}"
     if not cfg.run:
         yield "--run must name a folder"
     if not cfg.own and cfg.data not in ("tiny", "imdb"):
         yield f"--data must be tiny, imdb or a .jsonl file, got {cfg.data}"
+    if cfg.own and cfg.labels == "bt":
+        yield "--labels bt would flip some of your file's pairs: use argmax"
+    if cfg.rounds > cfg.align_steps:
+        yield f"--rounds must be at most --align-steps, got {cfg.rounds}"
+    if cfg.num_candidates < 2 or cfg.rm_responses < 2:
+        yield "--num-candidates and --rm-responses must be at least 2"
     if not cfg.own:
-        if cfg.rounds > min(cfg.align_steps, cfg.prompts // cfg.align_batch):
-            yield f"--rounds must be at most --align-steps and --prompts / --align-batch, got {cfg.rounds}"
+        if cfg.rounds > cfg.prompts // cfg.align_batch:
+            yield f"--rounds must be at most --prompts / --align-batch, got {cfg.rounds}"
         if not 2 <= cfg.num_candidates <= cfg.responses or not 2 <= cfg.rm_responses <= cfg.responses:
             yield f"--num-candidates and --rm-responses must lie in [2, --responses = {cfg.responses}]"
     if "/" in cfg.label or "\\" in cfg.label:

@@ -21,6 +21,10 @@ from loop import (
 from model import GPT, GPTConfig, ScalarGPT, pretrained_folder, respond, sequence_logprob, token_logprob, trim
 from settings import Config
 
+# The folders before alignment, and the stages whose settings they depend on.
+STAGES = {name: [name] for name in ("sft", "oracle", "responses", "reward_model", "reference", "limit")}
+STAGES["limit-and-model"] = ["limit", "reward_model"]
+
 
 class Run:
     """What every stage needs: settings, folder, device and precision, tokenizer, reviews, models."""
@@ -28,7 +32,11 @@ class Run:
     def __init__(self, cfg):
         self.cfg, self.folder = cfg, Path(cfg.run)
         device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.device = join_processes(torch.device(device))
+        try:
+            self.device = join_processes(torch.device(device))
+            torch.zeros(1, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(f"--device {device} is not here: {str(error).splitlines()[0]}") from error
         self.bf16 = self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         if self.device.type == "cuda":
             torch.set_float32_matmul_precision("high")    # TF32 for the heads' float32 products
@@ -40,7 +48,8 @@ class Run:
             self.preferences, cfg.prompt_tokens, cfg.new_tokens = data.read_preferences(
                 cfg.data, self.encoding, cfg.prompt_tokens, cfg.new_tokens)
             cfg.prompts = len(self.preferences["train"])
-            cfg.num_candidates = min(cfg.num_candidates, len(self.preferences["train"][0].responses))
+            K = len(self.preferences["train"][0].responses)
+            cfg.num_candidates, cfg.rm_responses = min(cfg.num_candidates, K), min(cfg.rm_responses, K)
         self.T = cfg.prompt_tokens + cfg.new_tokens
 
     def rng(self, *names):
@@ -57,13 +66,18 @@ class Run:
             found["init"] = file_sha256(pretrained_folder(cfg.init) / "model.safetensors")
         return found
 
-    def begin(self, stage, folder=None):
-        """-> a stage's folder, whether it is finished"""
-        settings = self.cfg.of(stage) | self.sources | {"bf16": self.bf16}
+    def begin(self, name, *stages):
+        """-> a stage's folder, whether it is finished.  stages: whose settings count, by default `name`'s"""
+        settings = self.cfg.of(*stages or [name]) | self.sources | {"bf16": self.bf16}
         if settings.get("judge"):
             settings["judge"] += " " + file_sha256(self.cfg.judge.rpartition(":")[0])
-        folder = self.folder / (folder or stage)
-        return folder, begin(folder, settings)
+        return self.folder / name, begin(self.folder / name, settings)
+
+    def refuse_changes(self):
+        """UserError if a stage before alignment is there, made with other settings."""
+        for path in self.folder.glob("*/stage.json"):
+            if path.parent.name in STAGES:
+                self.begin(path.parent.name, *STAGES[path.parent.name])
 
     @functools.cached_property
     def reviews(self):
@@ -79,10 +93,13 @@ class Run:
                 both = data.load_tiny(cfg.sft_reviews, 4_000, self.encoding)
             else:
                 both = data.load_imdb(cfg.imdb, self.sources["imdb"], self.encoding)
+            for split, each in both.items():
+                if not {0, 1} <= set(each.label):
+                    raise UserError(f"{split} lacks positive or negative reviews: give --imdb all archives")
             reviews = {split: each.shuffled(cfg.prompt_tokens, self.rng("reviews", split))
                        for split, each in both.items()}
         reviews["evaluated"] = reviews["test"]
-        if cfg.eval_split == "train":                     # the last ones: no method aligns on them
+        if cfg.eval_split == "train":                     # the last ones: of IMDB, no method aligns on them
             reviews["evaluated"] = reviews["train"].pick(range(len(reviews["train"]))[::-1])
         return reviews
 
@@ -122,11 +139,16 @@ def open_run(folder):
     return run
 
 
+def finished_at(path):
+    """Whether the stage of this stage.json is finished."""
+    return path.exists() and read_json(path)["finished"]
+
+
 def alignments(run):
     """{name without the seed: folders of the finished alignments}"""
     groups = {}
     for path in sorted(run.folder.glob("*-s*/stage.json")):
-        if read_json(path)["finished"]:
+        if finished_at(path):
             groups.setdefault(path.parent.name.rpartition("-s")[0], []).append(path.parent)
     return groups
 
@@ -171,8 +193,10 @@ def sft(run, folder):
     torch.manual_seed(cfg.pipeline)
     config = GPTConfig(cfg.n_layer, cfg.n_head, cfg.n_embd, run.encoding.n_vocab, run.T)
     gpt = GPT.from_pretrained(cfg.init).cut(config.vocab_size) if cfg.init else GPT(config)
-    if gpt.config.block_size < run.T:
-        raise UserError(f"--init {cfg.init} has {gpt.config.block_size} positions, {run.T} are needed")
+    if gpt.config.block_size < run.T or gpt.config.vocab_size != run.encoding.n_vocab:
+        has = f"{gpt.config.block_size} positions and {gpt.config.vocab_size:,} tokens"
+        raise UserError(f"--init {cfg.init} has {has}, {run.T} and {run.encoding.n_vocab:,} are needed: "
+                        "see --new-tokens and --tokenizer")
     gpt.to(run.device).bf16 = run.bf16
     train, test, n = run.reviews["train"].first(cfg.sft_reviews), run.reviews["test"].first(1000), 0
     if cfg.sft_stretches:
@@ -389,12 +413,11 @@ def limit(run):
     If a reward model exists besides the judge, then also its rewards of the same responses, model_reward.
     """
     scores = {"reward": judge(run)}
-    folder = "limit"
-    model = run.folder / "reward_model"
-    if not run.cfg.own and (model / "stage.json").exists() and read_json(model / "stage.json")["finished"]:
+    name = "limit"
+    if not run.cfg.own and finished_at(run.folder / "reward_model" / "stage.json"):
         scores["model_reward"] = reward_function(run, reward_model(run))
-        folder = "limit-and-model"
-    folder, finished = run.begin("limit", folder)
+        name = "limit-and-model"
+    folder, finished = run.begin(name, *STAGES[name])
     if not finished:
         prompts = run.prompts("evaluated", run.cfg.limit_prompts)
 

@@ -190,7 +190,10 @@ class Alignment:
             name += f"-k{cfg.num_candidates}" + (f"-rounds{cfg.rounds}" if cfg.rounds > 1 else "")
         if cfg.label:
             name += f"-{cfg.label}"
-        self.folder, self.finished = run.begin(method, f"{name}-s{seed}")
+        for other in run.folder.glob("*-s*/stage.json"):           # figures average over seeds
+            if other.parent.name.rpartition("-s")[0] == name:
+                run.begin(other.parent.name, method)
+        self.folder, self.finished = run.begin(f"{name}-s{seed}", method)
         if self.finished:
             return
         if method == "ppo" or method in SCORED:
@@ -243,21 +246,29 @@ class Alignment:
         finish(self.folder)
 
 
+def align(run, method, seed):
+    """Trains one alignment, unless it is there; its models leave the memory when it returns."""
+    alignment = Alignment(run, method, seed)
+    write_json(run.folder / "config.json", vars(run.cfg))                        # now nothing refuses it
+    if not alignment.finished:
+        alignment.train()
+
+
 def main(argv=None):
     """The command: every stage and alignment that is not there yet, then the figures and the table."""
     try:
         run = stages.Run(parse(argv))
         with lock(run.folder):
+            run.refuse_changes()
             if run.cfg.judge:
                 stages.judge(run)                                                # it fails now or never
             for seed, method in itertools.product(run.cfg.seeds, run.cfg.method):
-                alignment = Alignment(run, method, seed)
-                write_json(run.folder / "config.json", vars(run.cfg))            # now nothing refuses it
-                if not alignment.finished:
-                    alignment.train()
+                align(run, method, seed)
             figures.draw(run)
     except (UserError, OSError) as error:
         sys.exit(f"train.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("train.py: stopped; the same command continues")
     except torch.OutOfMemoryError:
         sys.exit("train.py: out of memory: lower --micro-batch (results do not change) or --sample-batch")
 

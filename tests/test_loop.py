@@ -77,7 +77,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_anything_is_changed():
     model = torch.nn.Linear(3, 1)
     optimizer = adamw(model.parameters(), 0.1)
     before = model.weight.detach().clone()
-    with pytest.raises(UserError, match="^step 5: the loss is nan .* nothing was changed: lower the"):
+    with pytest.raises(UserError, match="^step 5: the loss is nan .* this step was not taken: lower the"):
         step_of(model, [optimizer], torch.full((4, 3), torch.nan), 4)
     assert torch.equal(model.weight, before) and not optimizer.state
 

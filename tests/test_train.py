@@ -175,6 +175,8 @@ def test_figures_and_samples_come_from_the_run_folder_alone(finished, capsys):
     assert alone == lines[lines.index("This film …"):]
     with pytest.raises(SystemExit, match="1 to 13 tokens"):
         sample.main([str(finished), "--prompt", " film" * 20])
+    with pytest.raises(SystemExit, match="no finished exo-rw here: choose from exo-rw-k4"):
+        sample.main([str(finished), "--prompt", "This film", "--method", "exo-rw"])
     with pytest.raises(SystemExit, match="is not a run's folder"):
         figures.main([str(finished / "sft")])
 
@@ -228,7 +230,10 @@ def test_there_are_sixty_settings_and_the_help_names_each_and_the_origin_of_ever
     ("--num-candidates 9", "must lie in [2, --responses = 4]"), ("--n-embd 65", "a multiple of --n-head"),
     ("--checkpoints 0", "must be at least 1"), ("--run=", "--run must name a folder"),
     ("--data reviews.txt", "must be tiny, imdb or a .jsonl"),
-    ("--data nowhere.jsonl", "there is no file nowhere.jsonl"), ("--tokenizer gpt3", "must be tiny, gpt2")])
+    ("--data nowhere.jsonl", "there is no file nowhere.jsonl"), ("--tokenizer gpt3", "must be tiny, gpt2"),
+    ("--tokenizer gpt2-100", "must be tiny, gpt2"), ("--align-lr nan", "--align-lr must be positive"),
+    ("--label a/b", "without a slash"), ("--imdb README.md", "--imdb needs an imdb preset"),
+    ("--judge pairs.py", "must be FILE.py:NAME")])
 def test_usage_errors_are_one_sentence(arguments, sentence, capsys):
     with pytest.raises(SystemExit) as stopped:
         parse(["--preset", "tiny", *arguments.split()])
@@ -238,8 +243,23 @@ def test_usage_errors_are_one_sentence(arguments, sentence, capsys):
 
 @pytest.mark.parametrize("flags, sentence", [
     ("--run /proc/nowhere", "/proc/nowhere"), ("--init no/such", "no/such is neither one of gpt2"),
-    ("--beta-pi 0.3", "was made with beta_pi = 0.5 (now 0.3)")])
+    ("--device gpu", "--device gpu is not here"), ("--beta-pi 0.3", "was made with beta_pi = 0.5 (now 0.3)"),
+    ("--beta-pi 0.3 --seeds 1", "s0 was made with beta_pi = 0.5 (now 0.3)"),
+    ("--limit-prompts 4 --seeds 1", "limit-and-model was made with limit_prompts = ")])
 def test_errors_that_only_the_start_finds_are_one_sentence_too(finished, flags, sentence):
     ended = small(finished, "--method", "exo-rw", *flags.split())
     assert ended.code == 1 and sentence in ended.err and ended.err.count("\n") == 1
     assert read_json(finished / "config.json")["beta_pi"] == 0.5      # what was refused is not remembered
+    assert not list(finished.glob("*-s1/model.safetensors"))          # and nothing was trained for it
+
+
+def test_the_reward_models_limit_is_refused_when_that_model_has_changed(finished):
+    for folder in ("reward_model", ALIGNED):
+        shutil.rmtree(finished / folder)
+    ended = small(finished, "--method", "exo-rw", "--rm-steps", "7")
+    assert ended.code == 1 and "limit-and-model was made with rm_steps" in ended.err
+
+
+def test_weights_of_another_vocabulary_are_refused(tmp_path, smoke):
+    ended = small(tmp_path, "--init", smoke / "sft", "--tokenizer", "gpt2-4096")
+    assert ended.code == 1 and "see --new-tokens and --tokenizer" in ended.err

@@ -28,7 +28,7 @@ from loop import UserError, atomic, barrier, cache_folder, fetch, file_sha256
 @dataclass
 class Reviews:
     ids: list                                             # n arrays (length,) int32, without end-of-text
-    label: np.ndarray                                     # (n,) int8: 1 positive, 0 negative, -1 unlabelled
+    label: np.ndarray                                     # (n,) int8: 1 positive, 0 negative, -1 unlabeled
     prompt_length: np.ndarray                             # (n,) tokens of the prompt
 
     def __len__(self):
@@ -43,11 +43,11 @@ class Reviews:
     def lengths(self, T):
         return [min(len(ids), T) for ids in self.ids]
 
-    def labelled(self):
+    def labeled(self):
         return self.pick(np.flatnonzero(self.label >= 0))
 
     def shuffled(self, prompt_tokens, generator):
-        """In random order, the labelled ones first, without those that are not longer than a prompt."""
+        """In random order, the labeled ones first, without those that are not longer than a prompt."""
         order = torch.randperm(len(self), generator=generator).tolist()
         order = [i for i in order if len(self.ids[i]) > prompt_tokens]
         order.sort(key=lambda i: self.label[i] < 0)       # stable
@@ -91,7 +91,7 @@ IMDB_MEMBER = re.compile(rf"(?:{HIDDEN}[^/]*/)*(train|test)/(pos|neg|unsup)/{HID
 def read_imdb(paths):
     """Yields (split, label, text) of the reviews in IMDB's archives (.tar.gz, .tar.xz), read in place.
 
-    split: "train" or "test"; label: 1 positive, 0 negative, None unlabelled; <br /> becomes a newline.
+    split: "train" or "test"; label: 1 positive, 0 negative, None unlabeled; <br /> becomes a newline.
     """
     for path in paths:
         try:
@@ -168,7 +168,7 @@ SENTENCES = ["The {a} was {adv} {+} .", "The {a} was {+} and the {a} was {+} .",
              "The {a} was not {-} at all .", "Its {+} {a} and its {+} {a} stayed with me .",
              "My {who} {~} the {+} {a} ."]
 NEUTRAL = {"{a}": ASPECT, "{adv}": ADVERB, "{who}": WHOM}
-OPINIONATED = {"{+}": ADJECTIVE, "{~}": VERB, "{-}": ADJECTIVE}       # a sentence turns {-} around
+OPINIONATED = {"{+}": ADJECTIVE, "{~}": VERB, "{-}": ADJECTIVE}       # the sentence negates {-}
 OPINION = {+1: 0.375, -1: 0.375, 0: 0.25}                 # probabilities in each slot
 N_SENTENCES = (3, 4, 5)                                   # with these and SENTENCES: six slots on average
 
@@ -199,7 +199,7 @@ def tiny_reviews(n, seed):
 
 @functools.cache
 def sentence_pattern():
-    """A regular expression of all that SENTENCES derive, full stop included."""
+    """A regular expression of all that SENTENCES can generate, period included."""
     def words(word):
         opinions = OPINIONATED.get(word)
         choices = sum(opinions.values(), []) if opinions else NEUTRAL.get(word, [word])
@@ -209,7 +209,7 @@ def sentence_pattern():
 
 
 def faulty(text):
-    """The share of a response's sentences that the grammar does not derive, unfinished ones included."""
+    """The share of a response's sentences that the grammar cannot generate, unfinished ones included."""
     sentences = [sentence.strip() for sentence in re.findall(r"[^.]+\.?", text)]
     if sentences and sentences[0].removesuffix(" .") in WHERE:        # the rest of the opening
         sentences = sentences[1:]
@@ -246,7 +246,7 @@ def load_tiny(n_train, n_test, encoding):
 #     {"prompt": "...", "chosen": "...", "rejected": "..."}
 #     {"prompt": "...", "responses": ["...", ...], "rewards": [0.3, ...]}    K of each, the same K in all rows
 #
-# Prompt and response are tokenized apart, and joined as they stand: begin a response with its space.
+# Prompt and response are tokenized separately, and joined as they stand: begin a response with its space.
 
 @dataclass
 class Preference:
@@ -297,7 +297,7 @@ def read_preferences(path, encoding, prompt_tokens, new_tokens):
     if equal:
         print(f"{path}: {equal:,} rows are left out: best and worst response are equal as far as they go")
     if min(map(len, split.values())) < 2:
-        raise UserError(f"{path}: too few prompts to hold a tenth of them out: add others")
+        raise UserError(f"{path}: too few prompts to hold a tenth of them out: add more")
     return split, prompt_tokens, new_tokens
 
 

@@ -1,7 +1,7 @@
 """What an aligned policy is worth: its reward, its KL to pi_sft, and the limit that no policy can pass.
 
 The limit.  Of all policies with a given average KL the best is pi*_beta with one beta for all prompts (the
-Lagrangian separates over prompts).  On M responses of pi_sft a prompt, with w = softmax(r / beta):
+Lagrangian separates over prompts).  On M responses of pi_sft per prompt, with w = softmax(r / beta):
 
     r*(beta) = sum w r,    KL*(beta) = sum w log(M w),    log Z = log mean exp(r / beta)
 
@@ -27,7 +27,7 @@ def sequence_kl(policy, ref, ids, mask, temperature):
     """KL(policy || ref) in nats per response, by two unbiased estimators.  (N, T), (N, T) -> (N,), (N,)
 
     First: the sum over the response's states of the KL between the two next-token distributions, over the
-    full vocabulary (Rao-Blackwellised, arXiv 2504.10637).  Second: the plain log-ratio, "k1".
+    full vocabulary (Rao-Blackwellized, arXiv 2504.10637).  Second: the plain log-ratio, "k1".
     """
     before = mask[:, 1:]                                                        # (N, T-1), of a token's state
     states = policy.hidden(ids[:, :-1])[before], ref.hidden(ids[:, :-1])[before]            # (M, C) each
@@ -128,7 +128,7 @@ def share_of_objective(beta, reward, kl, start, limit_reward, judged=None):
     best, best_kl, ess, _ = optimum(limit_reward, beta, judged)                 # (P',) each
     best_gain = float((best - beta * best_kl).mean() - np.mean(limit_reward if judged is None else judged))
     gain, se = mean_se(reward - beta * kl - start)
-    if not supported(ess) or best_gain < 0.01:            # less is noise: an oracle that tells nothing
+    if not supported(ess) or best_gain < 0.01:            # less is noise: an oracle that learned nothing
         return math.nan, math.nan
     return gain / best_gain, se / best_gain
 

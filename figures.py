@@ -33,7 +33,7 @@ KL_AXIS = "KL$(\\pi \\,\\|\\, \\pi_{sft})$, nats per response"
 
 
 def look(name):
-    """How a line is drawn: the color tells the method, the style what it learns from."""
+    """How a line is drawn: its color says the method, its style what that learns from."""
     method = name.split("-")[0]
     style = "--"                                          # pairs
     if "rounds" in name:
@@ -102,7 +102,7 @@ def draw(run):
 
 
 def frontier(axes, groups, sampled, path):
-    """Figure 2: reward against KL.  All lines begin at (0, 0), pi_sft's place.  sampled: of `stages.limit`"""
+    """Figure 2: reward against KL.  All lines begin at (0, 0): pi_sft.  sampled: of `stages.limit`"""
     reward = sampled["reward"]                                                  # (P, M)
     best = [evaluate.best_of_n(reward, n) for n in (1, 2, 4, 8, 16, 32, 64) if n <= reward.shape[1]]
     lines = {"the limit": evaluate.limit_curve(reward),
@@ -122,7 +122,7 @@ def frontier(axes, groups, sampled, path):
 def density(run, groups):
     """Figures 3, 9: the weights of M responses of pi_sft to one prompt under the policies and pi*_beta."""
     cfg, M = run.cfg, run.cfg.limit_responses
-    beta = max(cfg.beta_pi * cfg.beta_r, 0.5)           # ours: at a smaller one few responses weigh all
+    beta = max(cfg.beta_pi * cfg.beta_r, 0.5)           # ours: below it a few responses hold the weight
     policies = {name: run.gpt(folders[0]) for name, folders in groups.items()}
     ref = run.gpt(run.folder / "sft")
     score = stages.judge(run)
@@ -161,12 +161,12 @@ def table(run, groups, sampled):
         samples = read_tensors(folder / "samples.safetensors")
         first, *_, last = read_csv(folder / "eval.csv")
         beta = settings["beta_pi"] * settings.get("beta_r", 1)                  # from pairs beta_pi alone
-        policy = beta, samples["reward"], samples["kl"], before["reward"]
+        measured = beta, samples["reward"], samples["kl"], before["reward"]
         share, se, model_share = math.nan, math.nan, math.nan
         if run.cfg.judge_is_reward:
-            share, se = evaluate.share_of_objective(*policy, limit_reward)
+            share, se = evaluate.share_of_objective(*measured, limit_reward)
         if model_reward is not None and settings.get("reward") == "model":
-            model_share, _ = evaluate.share_of_objective(*policy, model_reward, judged=limit_reward)
+            model_share, _ = evaluate.share_of_objective(*measured, model_reward, judged=limit_reward)
         gained = last["reward"] - first["reward"] + limit_reward.mean()         # on the limit's own prompts
         needed = evaluate.kl_needed(curve, gained)
         rows.append({"run": folder.name} | last | {

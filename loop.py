@@ -1,4 +1,4 @@
-"""One optimizer step, several processes, loops that go on where they stopped, and the files that they leave.
+"""One optimizer step, several processes, loops that resume, and the files that they leave.
 
 A loop's random numbers depend on its step alone (`rng`), and `resumable` saves everything else.  So a run
 that was killed ends with the same bits as one that was not.
@@ -77,7 +77,7 @@ def batch_by_length(step, batch, length, *key, window=32):
 
     length: (n,) tokens of each example -> (batch,) indices, ascending in length.  The examples of `window`
     batches are sorted by length and cut into batches, which are then shuffled.
-    Not for alignment  # ours: with it EXO-rw ran away on one seed of three
+    Not used for alignment: EXO-rw diverged with it on one of three seeds.
     """
     number, place = divmod(step, window)
     index = shuffled_batch(number, window * batch, len(length), *key)                    # (window * batch,)
@@ -276,7 +276,7 @@ def finish(folder):
 
 
 def lock(folder):
-    """Takes a run folder.  -> the lock file, to be kept open; UserError if another process has it"""
+    """Takes a run folder.  -> the lock file (keep it open); UserError if another process has it"""
     Path(folder).mkdir(parents=True, exist_ok=True)
     file = open(Path(folder) / f".lock{RANK}", "w")
     try:

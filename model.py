@@ -101,7 +101,7 @@ class GPT(nn.Module):
         return self.head(self.hidden(ids))                                  # (N, T) -> (N, T, V)
 
     def precision(self):
-        """One place decides the arithmetic of policy, reference and sampler alike."""
+        """The precision of policy, reference and sampler is set only here."""
         return torch.autocast(self.wte.weight.device.type, torch.bfloat16, enabled=self.bf16)
 
     @classmethod
@@ -200,7 +200,8 @@ class HeadLogprob(torch.autograd.Function):
 
     Backward makes a chunk's logits again and, with the log-sum-exp that forward kept, the probabilities p:
         d/dh = W_y - p W,        d/dW = (onehot(y) - p)^T h,        times each row's incoming gradient g.
-    Written out: torch.utils.checkpoint holds a (V, C) gradient per chunk, 2 to 3 times the memory of a step.
+    Written by hand, because torch.utils.checkpoint holds a (V, C) gradient per chunk, which makes a step's
+    memory 2 to 3 times as large.
     """
 
     @staticmethod
@@ -331,7 +332,7 @@ def generate(model, prompt_ids, max_new_tokens, temperature=1.0, eos_id=None, ge
 
 
 def sample(logits, uniform):
-    """One draw a row by the inverse of the distribution function.  (N, V) float32, (N,) in [0, 1) -> (N,)"""
+    """One draw per row by inverting the distribution function.  (N, V) float32, (N,) in [0, 1) -> (N,)"""
     cdf = logits.softmax(-1).cumsum(-1)                                     # (N, V)
     point = uniform[:, None] * cdf[:, -1:]          # (N, 1), below cdf[:, -1] after rounding too: uniform < 1
     token = torch.searchsorted(cdf, point, right=True).squeeze(1)           # (N,), the first with cdf > point

@@ -19,7 +19,7 @@ tests/enumerable.py, where this file gains 96 to 98% (3 seeds, learning rates 3e
 Kept:
 
  1. KL in the token reward, by the plain log-ratio (N, DS, TRL).  It is what makes J the objective.
- 2. A critic apart from the policy, from the reward model's weights (DS, TRL), with its own optimizer (DS).
+ 2. A critic separate from the policy, from the reward model's weights (DS, TRL), with its own optimizer (DS).
  3. The critic alone in the first iterations (EXO paper): a random V makes the policy gradient noise.  Same
     without.
  4. Advantages whitened over the batch's response tokens (N, TRL; not DS), so that neither the step nor the
@@ -41,7 +41,7 @@ Dropped, because they change the objective under which the methods are compared,
 13. A penalty for responses without end-of-text (N, TRL): EXO and DPO see the reward as it is.
 14. The value head on the policy's own trunk, its loss weighted by 0.1 (N).
 
-(N, T) tensors are indexed by the token they speak of, 0 off the mask; N responses, T tokens.
+(N, T) tensors are indexed by the token they describe, 0 off the mask; N responses, T tokens.
 """
 import math
 
@@ -121,7 +121,7 @@ def value_loss(values, old_values, returns, mask, clip):
 def token_values(critic, ids, mask):
     """V before each response token.  (N, T), (N, T) -> (N, T), 0 off the mask
 
-    A ScalarGPT's column t has read token t itself, so V before token t stands one column to the left.
+    A ScalarGPT's column t has read token t itself, so V before token t is one column to the left.
     """
     values = critic.values(ids[:, :-1])                              # (N, T-1)
     return F.pad(values, (1, 0)).where(mask, 0.0)                    # (N, T-1) -> (N, T)

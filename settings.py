@@ -26,7 +26,7 @@ PAIRS, SCORED = "exo dpo", "exo-rw dpo-rw"                            # alignmen
 COMPARE = f"{PAIRS} {SCORED} xpo"                                     # those that compare responses
 ALIGN = f"{COMPARE} ppo"
 SAMPLED = f"responses reward_model {PAIRS} {SCORED} ppo"              # what follows from pi_sft's responses
-MODELLED = f"reward_model {SCORED} ppo"                               # the reward model, and what climbs it
+MODELED = f"reward_model {SCORED} ppo"                               # the reward model, and what climbs it
 EVALUATED = f"reference {ALIGN}"
 ALL = f"sft oracle responses reward_model limit {EVALUATED}"          # every stage
 
@@ -71,10 +71,10 @@ class Config:
     responses: int = opt(4, SAMPLED, "of pi_sft to each prompt [paper: up to 8]")
     labels: str = opt("bt", f"reward_model {ALIGN}", "how a pair's winner is found [official code: argmax]",
                       ["bt", "argmax"])
-    rm_steps: int = opt(800, MODELLED, "steps [official code: 3 epochs]")
-    rm_responses: int = opt(2, MODELLED, "responses to a prompt whose pairs it learns from [paper: 2]")
-    rm_batch: int = opt(32, MODELLED, "prompts per step, with all their pairs [official code: 128 pairs]")
-    rm_lr: float = opt(1e-3, MODELLED, "peak learning rate [official code: 1e-5]")
+    rm_steps: int = opt(800, MODELED, "steps [official code: 3 epochs]")
+    rm_responses: int = opt(2, MODELED, "responses to a prompt whose pairs it learns from [paper: 2]")
+    rm_batch: int = opt(32, MODELED, "prompts per step, with all their pairs [official code: 128 pairs]")
+    rm_lr: float = opt(1e-3, MODELED, "peak learning rate [official code: 1e-5]")
     # alignment
     align_steps: int = opt(400, f"{PAIRS} {SCORED}", "steps of EXO and DPO [paper: one epoch]")
     align_batch: int = opt(32, COMPARE, "prompts per step of EXO, DPO and XPO [paper: 64]")
@@ -101,7 +101,7 @@ class Config:
                           ["test", "train"])
     judge: str = opt("", f"limit {EVALUATED}", "FILE.py:NAME, the reward that evaluates; default: the oracle")
     eval_samples: int = opt(4, EVALUATED, "responses to each [paper]")
-    limit_prompts: int = opt(32, "limit", "of them, those that the limit uses [ours]")
+    limit_prompts: int = opt(32, "limit", "how many of the evaluation prompts the limit uses [ours]")
     limit_responses: int = opt(1024, "limit", "responses of pi_sft each [ours]")
 
     @property

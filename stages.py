@@ -81,7 +81,7 @@ class Run:
 
     @functools.cached_property
     def reviews(self):
-        """Reviews longer than a prompt, shuffled, the labelled ones first.  {split: Reviews}
+        """Reviews longer than a prompt, shuffled, the labeled ones first.  {split: Reviews}
 
         "evaluated": those on whose prompts policies are evaluated.
         """
@@ -229,7 +229,7 @@ def oracle(run, folder):
     """The oracle: a classifier of the reviews from pi_sft's weights.  The reward is its log-odds."""
     cfg = run.cfg
     scorer = ScalarGPT(run.gpt(sft(run)), run.eos_id).to(run.device)
-    train, test = run.reviews["train"].labelled(), run.reviews["test"].labelled()
+    train, test = run.reviews["train"].labeled(), run.reviews["test"].labeled()
     length = torch.tensor(train.lengths(run.T))                                          # (all,)
 
     def loss_of(part, reviews=train):
@@ -250,7 +250,7 @@ def oracle(run, folder):
     write_tensors(folder / "scorer.safetensors", scorer.state_dict())
 
 
-def labeller(run):
+def labeler(run):
     """The folder of what labels pairs and judges: the oracle's, for a user's file the reward model's."""
     return reward_model(run) if run.cfg.own else oracle(run)
 
@@ -267,7 +267,7 @@ def winners(run, reward, pairs, *names):
     return (uniform > torch.sigmoid(first - second)).long()                              # Bradley-Terry
 
 
-PAIR = torch.tensor([[0], [1]])                           # columns: a prompt's first two responses
+PAIR = torch.tensor([[0], [1]])                           # the indices of a prompt's first two responses
 
 
 @stage
@@ -338,9 +338,9 @@ def reward_function(run, folder):
 
 
 def judge(run):
-    """The reward used for evaluation, (ids, mask) -> (N,): --judge's, else the labeller's."""
+    """The reward used for evaluation, (ids, mask) -> (N,): --judge's, else the labeler's."""
     if not run.cfg.judge:
-        return reward_function(run, labeller(run))
+        return reward_function(run, labeler(run))
     rewards_of = data.user_judge(run.cfg.judge)
     rewards_of([run.encoding.decode(run.prompts("evaluated", 1)[0])], [""])              # before all work
 
@@ -400,7 +400,7 @@ def own_responses(run, policy, split):
 
 
 def implicit(run, policy, ref):
-    """How well beta_pi h tells a file's held-out best responses from the worst.  -> {name: float}"""
+    """How often beta_pi h ranks a file's held-out best response above the worst.  -> {name: float}"""
     logp, ref_logp = (own_responses(run, gpt, "test")["ref_logp"] for gpt in (policy, ref))      # (P, K)
     h = run.cfg.beta_pi * (logp - ref_logp)                                              # (P, K)
     return {"held_out_accuracy": float(wins(h[:, 0], h[:, 1]).mean()),

@@ -98,9 +98,9 @@ def candidates(run, alignment, t):
     """Round t's responses.  -> {ids, mask: (P, K, T), ref_logp, reward: (P, K)}, for XPO also explore: (P,)
 
     The paper draws them once, from pi_sft: pairs, or K scored ones.  With --rounds T they are drawn T times,
-    from the present policy pi_t, which is then the loss's reference, and the reward has the KL to pi_sft paid
-    already: R = r - beta (log pi_t - log pi_sft).  The optimum is pi*_beta in either case.  XPO pairs pi_t's
-    response with pi_sft's.
+    from the present policy pi_t, which is then the loss's reference, and the KL to pi_sft is already
+    subtracted from the reward: R = r - beta (log pi_t - log pi_sft).  The optimum is pi*_beta in either case.
+    XPO pairs pi_t's response with pi_sft's.
     """
     cfg, method = run.cfg, alignment.method
     if method == "xpo":
@@ -125,7 +125,7 @@ def prompts_of_round(run, alignment, t, n):
 
 
 def fresh_responses(run, alignment, t):
-    """K responses of pi_t to each prompt of the round; the rounds share the prompts out."""
+    """K responses of pi_t to each prompt of the round; the prompts are split over the rounds."""
     cfg, policy, ref = run.cfg, alignment.policy, alignment.ref
     prompts = prompts_of_round(run, alignment, t, max(1, cfg.prompts // cfg.rounds))
     reward = stages.reward_function(run, alignment.rewarded_by)
@@ -140,10 +140,10 @@ def fresh_responses(run, alignment, t):
 
 
 def fresh_pairs(run, alignment, t):
-    """Algorithm 1: each prompt's answers by pi_t and by pi_sft become a pair, labelled by the oracle."""
+    """Algorithm 1: each prompt's answers by pi_t and by pi_sft become a pair, labeled by the oracle."""
     cfg, seed, ref = run.cfg, alignment.seed, alignment.ref
     prompts = prompts_of_round(run, alignment, t, cfg.xpo_prompts)
-    reward = stages.reward_function(run, stages.labeller(run))
+    reward = stages.reward_function(run, stages.labeler(run))
 
     def columns(ids, mask):                                                              # -> (n,) each
         ref_logp = sequence_logprob(ref, ids, mask, cfg.temperature)
@@ -197,7 +197,7 @@ class Alignment:
         if self.finished:
             return
         if method == "ppo" or method in SCORED:
-            self.rewarded_by = stages.reward_model(run) if cfg.reward == "model" else stages.labeller(run)
+            self.rewarded_by = stages.reward_model(run) if cfg.reward == "model" else stages.labeler(run)
         self.judge = stages.judge(run)                                           # for evaluation
         self.reference = read_tensors(stages.reference(run) / "samples.safetensors")     # pi_sft's responses
         self.policy, self.ref = run.gpt(stages.sft(run)), run.gpt(stages.sft(run))

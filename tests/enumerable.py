@@ -56,7 +56,7 @@ def policy(seed=0):
 
 
 def moved_policy(fraction=0.5):
-    """A policy some nats away from pi_sft: its weights moved by this fraction towards other random ones."""
+    """A policy some nats away from pi_sft: its weights moved by this fraction toward other random ones."""
     gpt = policy()
     with torch.no_grad():
         for parameter, other in zip(gpt.parameters(), policy(1).parameters()):

@@ -36,7 +36,7 @@ def test_optimum_has_the_highest_objective():
 def test_theorem_3_1_and_eq_11(beta_r, beta_pi):
     """J_gen has the optimum pi*_beta, beta = beta_r beta_pi, and is a reverse KL; at beta_pi = 1 it is J."""
     bandit = toy.random_bandits(B=8)
-    result = toy.generalised_objective(bandit, beta_r, beta_pi)
+    result = toy.generalized_objective(bandit, beta_r, beta_pi)
     assert result["tv"].max() < 1e-4
     assert result["eq11"].max() < 1e-12
     lowest, highest = (1 - 1e-9, 1 + 1e-9) if beta_pi == 1 else (0.8, 0.999)
@@ -68,7 +68,7 @@ def test_gradients_against_K():
 # ---- which losses recover pi* -----------------------------------------------------------------------------
 
 def test_what_recovers_the_optimum_and_what_does_not():
-    """The total variation from each loss's minimiser to pi*, beta = 0.25, in 24 instances."""
+    """The total variation from each loss's minimizer to pi*, beta = 0.25, in 24 instances."""
     optimum = toy.log_optimum(SMALL, 0.25)
     fits = toy.recover(SMALL, Ks=(2, 8), alphas=(0.001, 0.003))
     distance = {name: toy.tv(logp, optimum) for name, logp in fits.items()}
@@ -85,7 +85,7 @@ def test_what_recovers_the_optimum_and_what_does_not():
 
 
 def test_margin_of_a_single_pair():
-    """EXO-pref's minimiser over both labels is (2p - 1) log((1 - eps) / eps), DPO's logit(p) = r_w - r_l."""
+    """EXO-pref's minimizer over both labels is (2p - 1) log((1 - eps) / eps), DPO's logit(p) = r_w - r_l."""
     p = 1 / (1 + math.exp(-1))                            # that the first arm wins
     bandit = toy.Bandit(torch.full((1, 2), 0.5).double().log(), torch.tensor([[1.0, 0.0]]).double())
     exo = (exo_pref_loss, {"beta_pi": 0.5, "eps": 1e-3}, (2 * p - 1) * math.log(999))
@@ -112,20 +112,20 @@ def test_at_its_own_proposal_exo_is_rloo(K):
 
 @each_reward_loss
 @pytest.mark.parametrize("K", [2, 8])
-def test_whoever_drew_the_responses_the_minimiser_is_the_optimum(loss, K):
+def test_whoever_drew_the_responses_the_minimizer_is_the_optimum(loss, K):
     """With q as the loss's reference and R = r - beta (log q - log pi_sft); with r alone it is another."""
     bandit = toy.random_bandits(B=6, V=6)
     logq = toy.softmax_policy(toy.near_reference(bandit, spread=1.0, seed=3))   # (B, V) far from pi_sft
 
-    def minimiser(reward):
+    def minimizer(reward):
         from_q = toy.Bandit(logq, reward)
         groups = toy.sample_groups(from_q, 256, K)
         return toy.fit(partial(toy.reward_loss, loss, from_q, groups=groups, beta_r=0.5, beta_pi=0.5), logq)
 
     optimum = toy.log_optimum(bandit, 0.25)
     paid = bandit.reward - 0.25 * (logq - bandit.ref_logp)
-    assert toy.tv(minimiser(paid), optimum).max() < 1e-4
-    assert toy.tv(minimiser(bandit.reward), optimum).mean() > 0.15
+    assert toy.tv(minimizer(paid), optimum).max() < 1e-4
+    assert toy.tv(minimizer(bandit.reward), optimum).mean() > 0.15
 
 
 # ---- a policy that cannot represent pi* -------------------------------------------------------------------

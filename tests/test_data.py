@@ -51,7 +51,7 @@ def test_stretches_are_the_reviews_whole_each_token_once():
     assert mask.tolist()[2] == [False, True, False]
 
 
-def test_reviews_that_are_not_longer_than_a_prompt_are_left_out_and_labelled_ones_come_first():
+def test_reviews_that_are_not_longer_than_a_prompt_are_left_out_and_labeled_ones_come_first():
     shuffled = some_reviews().shuffled(3, torch.Generator().manual_seed(0))
     assert shuffled.label.tolist() == [0, -1, -1] and shuffled.prompt_length.tolist() == [3, 3, 3]
     assert sorted(len(ids) for ids in shuffled.ids) == [6, 7, 9]
@@ -116,7 +116,7 @@ def test_reviews_are_tokenized_again_only_if_their_content_has_changed(tmp_path,
 
 
 @pytest.mark.slow
-def test_real_imdb_has_25k_train_25k_test_and_50k_unlabelled_reviews(real_data, tmp_path, monkeypatch):
+def test_real_imdb_has_25k_train_25k_test_and_50k_unlabeled_reviews(real_data, tmp_path, monkeypatch):
     monkeypatch.setenv("EXO_CACHE", str(tmp_path))
     paths = [real_data / "aclImdb_labelled.tar.xz", real_data / "aclImdb_unsup.tar.xz"]
     loaded = data.load_imdb(*data.imdb_archives(paths), data.gpt2_encoding())

@@ -102,7 +102,7 @@ def start_run(tmp_path, monkeypatch):
         write_tensors(run.folder / "rewards.safetensors", {"reward": sampled["reward"]})
         return run
 
-    for stage in ("responses", "reward_model", "labeller"):
+    for stage in ("responses", "reward_model", "labeler"):
         monkeypatch.setattr(stages, stage, lambda run: run.folder)
     monkeypatch.setattr(stages, "reward_function", lambda run, folder: lm.reward_of)
     monkeypatch.setattr(Run, "prompts", lambda run, split, n: lm.PROMPTS.tolist() * (n // 3))

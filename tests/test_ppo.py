@@ -131,7 +131,7 @@ def test_the_clip_stops_gains_and_not_losses():
     assert stats["approx_kl"].item() == pytest.approx(float((ratio - 1 - ratio.log())[0, 1:].sum()))
 
 
-def test_the_value_clip_stops_steps_towards_the_return_and_not_away():
+def test_the_value_clip_stops_steps_toward_the_return_and_not_away():
     values = torch.tensor([[9.0, 0.1, 0.5, -0.5]], requires_grad=True)
     mask = torch.tensor([[False, True, True, True]])
     stats, tokens = ppo.value_loss(values, torch.zeros(1, 4), torch.ones(1, 4), mask, clip=0.2)

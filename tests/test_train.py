@@ -17,7 +17,7 @@ import sample
 import stages
 import train
 from loop import read_csv, read_json, read_tensors, write_json
-from model import GPT, sequence_logprob
+from model import GPT, GPTConfig, sequence_logprob
 from settings import METHODS, Config, parse
 from stages import Run, open_run
 
@@ -260,6 +260,7 @@ def test_the_reward_models_limit_is_refused_when_that_model_has_changed(finished
     assert ended.code == 1 and "limit-and-model was made with rm_steps" in ended.err
 
 
-def test_weights_of_another_vocabulary_are_refused(tmp_path, smoke):
-    ended = small(tmp_path, "--init", smoke / "sft", "--tokenizer", "gpt2-4096")
+def test_weights_of_a_smaller_vocabulary_are_refused(tmp_path):
+    GPT(GPTConfig(1, 1, 8, 300, 64)).save_pretrained(tmp_path / "weights")
+    ended = small(tmp_path / "run", "--init", tmp_path / "weights")
     assert ended.code == 1 and "see --new-tokens and --tokenizer" in ended.err

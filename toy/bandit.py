@@ -187,21 +187,21 @@ def grad(values, logits):
     return torch.autograd.grad(values.sum(), logits, retain_graph=True)[0]
 
 
-# ---- 1. Theorem 3.1 and Eq 11: the generalised objective --------------------------------------------------
+# ---- 1. Theorem 3.1 and Eq 11: the generalized objective --------------------------------------------------
 
-def generalised_objective(bandit, beta_r, beta_pi):
+def generalized_objective(bandit, beta_r, beta_pi):
     """Theorem 3.1 and Eq 11 on every instance.  -> dict of (B,)
 
-    tv: from the maximiser of J_gen to pi*_beta, beta = beta_r beta_pi; Theorem 3.1 says 0
+    tv: from the maximizer of J_gen to pi*_beta, beta = beta_r beta_pi; Theorem 3.1 says 0
     eq11: |J_gen - its form with the reverse KL| at the policy of `near_reference`, in units of reward
     cosine: between the gradients of J_gen and J_beta at that policy
     """
     def loss(logp, temperature):
         return -general_objective(bandit, logp, temperature, beta_pi).mean() / temperature
 
-    maximiser = bandit.ref_logp                           # (B, V)
+    maximizer = bandit.ref_logp                           # (B, V)
     for hotter in (16, 4, 1):                             # started at beta = 0.01 the fit can get stuck
-        maximiser = fit(partial(loss, temperature=hotter * beta_r), maximiser)
+        maximizer = fit(partial(loss, temperature=hotter * beta_r), maximizer)
 
     beta = beta_r * beta_pi
     logits = near_reference(bandit).requires_grad_()      # (B, V)
@@ -210,7 +210,7 @@ def generalised_objective(bandit, beta_r, beta_pi):
     J_gen = general_objective(bandit, logp, beta_r, beta_pi)                    # (B,)
     log_Z = (bandit.ref_logp + bandit.reward / beta_r).logsumexp(-1)            # (B,)
     gap = kl(sharpen(logp, bandit.ref_logp, beta_pi), log_optimum(bandit, beta_r))        # (B,)
-    return {"tv": tv(maximiser, log_optimum(bandit, beta)),
+    return {"tv": tv(maximizer, log_optimum(bandit, beta)),
             "eq11": (J_gen - beta_r * (log_Z - gap)).abs().detach(),
             "cosine": F.cosine_similarity(grad(J_gen, logits), grad(J, logits))}
 
@@ -292,7 +292,7 @@ def recover(bandit, beta_r=0.5, beta_pi=0.5, Ks=(2, 4, 8, 32), alphas=(0, 0.001,
         losses[f"XPO, alpha/beta = {alpha:g}"] = partial(pair_loss, expected_xpo_loss, bandit, labels="bt",
                                                          beta=beta, alpha=alpha * beta)
     fits = {name: fit(loss, bandit.ref_logp) for name, loss in losses.items()}
-    # EXO-pref's loss depends only on beta_pi h: at another beta_pi its minimiser is this one with h rescaled
+    # EXO-pref's loss depends only on beta_pi h: at another beta_pi its minimizer is this one with h rescaled
     scales = torch.logspace(-2, 1, 301, dtype=torch.float64)[:, None, None]
     rescaled = sharpen(fits["EXO-pref, bt labels"], bandit.ref_logp, scales)    # (scales, B, V)
     nearest = tv(rescaled, optimum).argmin(0)             # (B,)
@@ -366,8 +366,8 @@ def best_unimodal(bandit, beta_r, beta_pi):
 def ablation(bandit, values=(0.1, 0.2, 0.5, 1.0, 2.0), default=0.5):
     """One beta at each of `values`, the other at `default`.  -> {(which, value, family): dict of (B,)}
 
-    reward, kl (nats): those of the maximiser of J_gen; lost: how far its J_beta, beta = beta_r beta_pi, lies
-    below that of the best policy in its family (the maximiser at beta_pi = 1), in units of reward.
+    reward, kl (nats): those of the maximizer of J_gen; lost: how far its J_beta, beta = beta_r beta_pi, lies
+    below that of the best policy in its family (the maximizer at beta_pi = 1), in units of reward.
     """
     result = {}
     for which, value in product(("beta_r", "beta_pi"), values):

@@ -83,7 +83,7 @@ def merge(pairs, V, pairs_per_run):
 
 
 def argmin(history, start, ref_logp, beta, alpha, R_max, steps=80):
-    """The rewards in [0, R_max]^V that minimise XPO's objective on each run's history, for S runs at once.
+    """The rewards in [0, R_max]^V that minimize XPO's objective on each run's history, for S runs at once.
 
     history: of `merge`; start: (S, V), the rewards of the round before; alpha: (S,).
     DPO's loss is convex in r.  The bonus is linear in r minus alpha log Z, and log Z is close to the highest

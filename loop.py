@@ -41,12 +41,12 @@ def rng(*key):
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
-def adamw(parameters, lr, eps=1e-8):
-    """AdamW with the official code's betas and no weight decay."""
-    return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), eps=eps, weight_decay=0.0, fused=True)
+def adamw(parameters, eps=1e-8):
+    """AdamW with the official code's betas and no weight decay.  `update` sets the learning rate."""
+    return torch.optim.AdamW(parameters, betas=(0.9, 0.95), eps=eps, weight_decay=0.0, fused=True)
 
 
-def muon(gpt, lr):
+def muon(gpt):
     """Muon for the matrices of the blocks, AdamW for the rest.  -> two optimizers
 
     Muon makes a matrix's momentum orthogonal before it steps.  Here its steps have the size of AdamW's, so
@@ -55,8 +55,8 @@ def muon(gpt, lr):
     matrices = [p for p in gpt.h.parameters() if p.dim() == 2]
     chosen = set(matrices)
     others = [p for p in gpt.parameters() if p not in chosen]
-    return [torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
-            adamw(others, lr)]
+    return [torch.optim.Muon(matrices, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+            adamw(others)]
 
 
 def cosine(step, steps):
@@ -183,7 +183,7 @@ def gather(parts):
 
 
 def barrier():
-    """Waits until every process is here: what process 0 wrote before can be read after."""
+    """Waits until every process is here: what process 0 wrote before can then be read."""
     if WORLD > 1:
         dist.barrier()
 

@@ -212,9 +212,7 @@ def sft(run, folder):
         ids, mask = run.rows(reviews.pick(part.tolist()))                                # (b, t), (b, t)
         return {"loss": -token_logprob(gpt, ids, mask).sum()}, int(mask.sum())
 
-    optimizers = [adamw(gpt.parameters(), cfg.sft_lr)]
-    if cfg.sft_optimizer == "muon":
-        optimizers = muon(gpt, cfg.sft_lr)
+    optimizers = muon(gpt) if cfg.sft_optimizer == "muon" else [adamw(gpt.parameters())]
     trained(run, folder, gpt, optimizers, loss_of, cfg.sft_lr, cfg.sft_steps, batch_of)
     with torch.no_grad():
         parts = [loss_of(part, test) for part in torch.arange(len(test)).split(50)]
@@ -239,7 +237,7 @@ def oracle(run, folder):
         loss = F.binary_cross_entropy_with_logits(log_odds, label, reduction="sum")
         return {"loss": loss, "accuracy": ((log_odds > 0) == (label > 0)).sum()}, len(part)
 
-    optimizers = [adamw(scorer.parameters(), cfg.oracle_lr)]
+    optimizers = [adamw(scorer.parameters())]
     trained(run, folder, scorer, optimizers, loss_of, cfg.oracle_lr, cfg.oracle_steps,
             lambda step: batch_by_length(step, cfg.oracle_batch, length, cfg.pipeline, "oracle"))
     with torch.no_grad():
@@ -251,12 +249,12 @@ def oracle(run, folder):
 
 
 def labeler(run):
-    """The folder of what labels pairs and judges: the oracle's, for a user's file the reward model's."""
+    """The folder of what labels pairs and judges: the oracle, or for a user's file the reward model."""
     return reward_model(run) if run.cfg.own else oracle(run)
 
 
 def winners(run, reward, pairs, *names):
-    """Which of a pair wins: the higher reward, or a draw by the difference.  (P, K), (2, n) -> (P, n), 0 or 1
+    """Which of a pair wins: the higher reward, or a Bradley-Terry draw.  (P, K), (2, n) -> (P, n), 0 or 1
 
     pairs: two rows of columns of reward.  The same names draw the same winners.
     """
@@ -292,7 +290,7 @@ def reward_model(run, folder):
         right = wins(margin, torch.zeros_like(margin))                                   # (b, n)
         return {"loss": -F.logsigmoid(margin).mean(1).sum(), "accuracy": right.mean(1).sum()}, len(part)
 
-    optimizers = [adamw(scorer.parameters(), cfg.rm_lr)]
+    optimizers = [adamw(scorer.parameters())]
     trained(run, folder, scorer, optimizers, loss_of, cfg.rm_lr, cfg.rm_steps,
             lambda step: batch_by_length(step, cfg.rm_batch, length, cfg.pipeline, "reward_model"), R)
     score = score_all(run, scorer, sampled)                                              # (P, K)

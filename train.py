@@ -33,7 +33,7 @@ SCORED = ("exo-rw", "dpo-rw")                             # they learn from rewa
 def loss_of(method, logp, c, cfg):
     """The line in which the methods differ.  -> scalar, the mean over b prompts
 
-    logp: (b, K), with gradient; c: the same rows of `candidates`, of pairs the winner in column 0.
+    logp: (b, K), with gradient; c: the same rows of `candidates`, for pairs, the winner is in column 0.
     """
     ref_logp, reward = c["ref_logp"], c["reward"]                                # (b, K) each
     if method == "exo":
@@ -163,7 +163,7 @@ def align_by_ppo(run, alignment):
     cfg, seed = run.cfg, alignment.seed
     reward = stages.reward_function(run, alignment.rewarded_by)
     critic = run.scorer(alignment.rewarded_by)
-    critic_optimizer = adamw(critic.parameters(), cfg.ppo_critic_lr, eps=1e-5)
+    critic_optimizer = adamw(critic.parameters(), eps=1e-5)
     prompts = run.prompts("train", cfg.prompts)
     alone = cfg.ppo_steps // 8                                       # first iterations, of the critic alone
     for step in alignment.steps(cfg.ppo_steps, alone, critic=critic, critic_optimizer=critic_optimizer):
@@ -199,9 +199,9 @@ class Alignment:
         if method == "ppo" or method in SCORED:
             self.rewarded_by = stages.reward_model(run) if cfg.reward == "model" else stages.labeler(run)
         self.judge = stages.judge(run)                                           # for evaluation
-        self.reference = read_tensors(stages.reference(run) / "samples.safetensors")     # pi_sft's responses
+        self.before = read_tensors(stages.reference(run) / "samples.safetensors")     # pi_sft's responses
         self.policy, self.ref = run.gpt(stages.sft(run)), run.gpt(stages.sft(run))
-        self.optimizer = adamw(self.policy.parameters(), cfg.align_lr, eps=1e-5 if method == "ppo" else 1e-8)
+        self.optimizer = adamw(self.policy.parameters(), eps=1e-5 if method == "ppo" else 1e-8)
         self.metrics = Log(self.folder / "metrics.csv")
         self.evaluations = Log(self.folder / "eval.csv")
 
@@ -209,7 +209,7 @@ class Alignment:
         """Yields the steps, resumable, and evaluates after some of them.
 
         kept: a loop's state besides policy and optimizer.  frozen: how many first steps leave the policy as
-        it is.  Evaluations are evenly spaced in the root of the other steps.
+        it is.  Evaluations are spaced evenly in sqrt(step), counted after the frozen ones.
         """
         n = self.run.cfg.checkpoints
         evaluated = {max(1, round(frozen + (total - frozen) * ((i + 1) / n) ** 2)) for i in range(n)}
@@ -217,7 +217,7 @@ class Alignment:
         kept |= {"metrics": self.metrics, "eval": self.evaluations}
         for step in resumable(self.folder, kept, total, self.folder.name):
             if step == 0:
-                self.write_evaluation(0, self.reference)
+                self.write_evaluation(0, self.before)
             yield step
             if step + 1 in evaluated:
                 generator = self.run.rng("evaluate", self.seed, step + 1)
@@ -233,7 +233,7 @@ class Alignment:
             row |= stages.implicit(self.run, self.policy, self.ref)
         self.evaluations.write(step=step, **row)
         print(f"{self.folder.name}, step {step}: reward {row['reward']:.2f} at KL {row['kl']:.2f} nats")
-        write_tensors(self.folder / "samples.safetensors", samples)              # only the last stay
+        write_tensors(self.folder / "samples.safetensors", samples)              # overwritten each time
 
     def train(self):
         if self.method == "ppo":
@@ -242,7 +242,7 @@ class Alignment:
             align_by_comparison(self.run, self)
         self.policy.save_pretrained(self.folder, self.run.eos_id)
         last = read_tensors(self.folder / "samples.safetensors")
-        figures.write_samples(self.run, self.folder, self.reference, last)
+        figures.write_samples(self.run, self.folder, self.before, last)
         finish(self.folder)
 
 

@@ -61,7 +61,7 @@ def exo_step(case, turns):
     mask[:, PROMPT:] = True
     with torch.no_grad():
         ref_logp = token_logprob(model, ids, mask).sum(1).view(-1, 2)             # (N, T) -> (B, 2)
-    optimizer = adamw(model.parameters(), LR)
+    optimizer = adamw(model.parameters())
     for _ in turns:
         sums = Sums()
         logp = token_logprob(model, ids, mask).sum(1).view(-1, 2)                 # (N, T) -> (B, 2)

@@ -74,7 +74,7 @@ class Practice:
     def __init__(self, run, method, broken_at=None):
         self.run, self.method, self.seed, self.rewarded_by = run, method, 0, None
         self.policy, self.ref, self.broken_at = lm.policy(), lm.policy(), broken_at
-        self.optimizer = adamw(self.policy.parameters(), run.cfg.align_lr)
+        self.optimizer = adamw(self.policy.parameters())
         self.metrics = Log(run.folder / "metrics.csv")
         train.align_by_comparison(run, self)
 

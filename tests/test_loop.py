@@ -75,7 +75,7 @@ def test_a_step_is_the_mean_gradient_clipped_at_norm_one(parts):
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_anything_is_changed():
     model = torch.nn.Linear(3, 1)
-    optimizer = adamw(model.parameters(), 0.1)
+    optimizer = adamw(model.parameters())
     before = model.weight.detach().clone()
     with pytest.raises(UserError, match="^step 5: the loss is nan .* this step was not taken: lower the"):
         step_of(model, [optimizer], torch.full((4, 3), torch.nan), 4)
@@ -92,7 +92,7 @@ def training(folder, crash_at=None):
     """A loop with all that a stage's loop keeps.  -> {name: tensor} of what it leaves, its log, its steps"""
     torch.manual_seed(0)
     model = torch.nn.Linear(3, 1)
-    optimizer, drawn, log, steps = adamw(model.parameters(), 0.1), Columns(), Log(folder / "metrics.csv"), []
+    optimizer, drawn, log, steps = adamw(model.parameters()), Columns(), Log(folder / "metrics.csv"), []
     x = torch.randn(40, 3, generator=rng(0, "x"))
     state = {"model": model, "optimizer": optimizer, "drawn": drawn, "log": log}
     for step in resumable(folder, state, STEPS, "loop"):

@@ -34,7 +34,7 @@ def models():
 
 
 def adam(pi, critic):
-    return adamw(pi.parameters(), 1e-3, eps=1e-5), adamw(critic.parameters(), 1e-3, eps=1e-5)
+    return adamw(pi.parameters(), eps=1e-5), adamw(critic.parameters(), eps=1e-5)
 
 
 def sgd(pi, critic):

@@ -135,10 +135,16 @@ def share_of_objective(beta, reward, kl, start, limit_reward, judged=None):
 
 # ---- other measures ---------------------------------------------------------------------------------------
 
-def best_of_n(reward, n):
-    """The best of n responses, over M // n choices of n.  (P, M) -> the upper bound of its KL, its reward"""
-    best = reward[:, :reward.shape[1] // n * n].reshape(len(reward), -1, n).max(-1)         # (P, M // n)
-    return math.log(n) - (n - 1) / n, float(best.mean())
+def best_of_n(reward, n, judged=None):
+    """The best of n responses, over M // n choices of n.  (P, M) -> the upper bound of its KL, its reward
+
+    judged: (P, M), the judge's rewards of the same responses, where `reward` is a reward model's.
+    """
+    P, M = reward.shape
+    groups = reward[:, :M // n * n].reshape(P, -1, n)                           # (P, M // n, n)
+    best = groups.argmax(-1)[..., None]                                         # (P, M // n, 1)
+    judged = groups if judged is None else judged[:, :M // n * n].reshape(groups.shape)
+    return math.log(n) - (n - 1) / n, float(np.take_along_axis(judged, best, -1).mean())
 
 
 def wins(ours, theirs):

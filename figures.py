@@ -28,7 +28,8 @@ COLORS = {"exo": "#0072B2", "dpo": "#D55E00", "ppo": "#009E73", "xpo": "#CC79A7"
           "best-of-n": "#56B4E9", "sft": "#7F7F7F", "limit": "#000000"}
 LIMITS = {"the limit": {"color": COLORS["limit"]},
           "the reward model's limit": {"color": COLORS["limit"], "linewidth": 0.7},
-          "best of n (at most this KL)": {"color": COLORS["best-of-n"], "linestyle": ":", "marker": "."}}
+          "best of n": {"color": COLORS["best-of-n"], "linestyle": ":", "marker": "."},
+          "best of n by the reward model": {"color": COLORS["best-of-n"], "linestyle": ":", "marker": "x"}}
 KL_AXIS = "KL$(\\pi \\,\\|\\, \\pi_{sft})$, nats per response"
 
 
@@ -104,11 +105,10 @@ def draw(run):
 def frontier(axes, groups, sampled, path):
     """Figure 2: reward against KL.  All lines begin at (0, 0): pi_sft.  sampled: of `stages.limit`"""
     reward = sampled["reward"]                                                  # (P, M)
-    best = [evaluate.best_of_n(reward, n) for n in (1, 2, 4, 8, 16, 32, 64) if n <= reward.shape[1]]
-    lines = {"the limit": evaluate.limit_curve(reward),
-             "best of n (at most this KL)": dict(zip(("kl", "reward"), np.array(best).T))}
+    lines = {"the limit": evaluate.limit_curve(reward), "best of n": best_of(reward)}
     if "model_reward" in sampled:
         lines["the reward model's limit"] = evaluate.limit_curve(sampled["model_reward"], judged=reward)
+        lines["best of n by the reward model"] = best_of(sampled["model_reward"], judged=reward)
     rows = []
     for name, curve in lines.items():
         gain = curve["reward"] - reward.mean()
@@ -116,6 +116,13 @@ def frontier(axes, groups, sampled, path):
         rows += [{"line": name, "kl": kl, "gain": y} for kl, y in zip(curve["kl"], gain)]
     write_csv(path, rows)
     plot(axes, groups, "kl", "reward", gain=True)
+
+
+def best_of(reward, judged=None):
+    """Best of 1, 2, 4, ...: (P, M) -> {kl, an upper bound; reward: (n,)}"""
+    ns = [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= reward.shape[1]]
+    points = [evaluate.best_of_n(reward, n, judged) for n in ns]
+    return {"kl": np.array(points)[:, 0], "reward": np.array(points)[:, 1]}
 
 
 @torch.no_grad()

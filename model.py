@@ -40,11 +40,11 @@ class Attention(nn.Module):
         """(N, T, C) -> (N, T, C), each token attending to those before it; cache: None, or a `Cache`."""
         N, T, C = x.shape
         qkv = self.c_attn(x).view(N, T, 3, self.n_head, -1)                 # (N, T, 3C) -> (N, T, 3, H, D)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                # 3 x (N, H, T, D)
+        qkv = qkv.transpose(1, 3)                                           # (N, H, 3, T, D)
         if cache is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)     # (N, H, T, D)
+            y = F.scaled_dot_product_attention(*qkv.unbind(2), is_causal=True)          # (N, H, T, D)
         else:
-            y = cache.attend(layer, q, k, v)                                # (N, H, T, D)
+            y = cache.attend(layer, qkv[:, :, 0], qkv[:, :, 1:])            # (N, H, T, D)
         return self.c_proj(y.transpose(1, 2).reshape(N, T, C))              # (N, H, T, D) -> (N, T, C)
 
 
@@ -250,7 +250,7 @@ class Cache:
 
     def __init__(self, lengths, T, device):
         self.T = T
-        self.kv = []                                # (2, N, H, T, D) of each layer, once the prompts are in
+        self.kv = []                                # (N, H, 2, T, D) of each layer, once the prompts are in
         self.length = torch.tensor(lengths, device=device)                  # (N,) tokens that a row holds
         self.longest = max(lengths)                 # on the host: no step waits for the device
         self.ragged = min(lengths) < self.longest
@@ -260,29 +260,29 @@ class Cache:
         place = self.length                                                 # (N,)
         self.length = self.length + 1
         self.longest += 1
-        self.new = (slice(None), slice(None), self.longest - 1)             # its place in (N, H, T, D)
+        every = slice(None)
+        self.new = (every, every, every, self.longest - 1)                  # its place in (N, H, 2, T, D)
         self.visible = None
         if self.ragged:
-            self.new = (torch.arange(len(place), device=place.device), slice(None), place)
+            self.new = (torch.arange(len(place), device=place.device), every, every, place)
             column = torch.arange(self.longest, device=place.device)        # (t,)
             self.visible = (column <= place[:, None])[:, None, None]        # (N, t) -> (N, 1, 1, t)
         return place[:, None]
 
-    def attend(self, layer, q, k, v):
-        """Stores k, v (N, H, t, D) and lets q attend to what its row holds so far.  -> (N, H, t, D)"""
+    def attend(self, layer, q, kv):
+        """Stores kv (N, H, 2, t, D) and lets q attend to what its row holds so far.  -> (N, H, t, D)"""
         if layer == len(self.kv):                   # the prompts: ordinary causal attention
-            self.kv.append(F.pad(torch.stack([k, v]), (0, 0, 0, self.T - k.shape[2])))      # (2, N, H, T, D)
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        keys, values = self.kv[layer][:, :, :, :self.longest]               # (N, H, longest, D) each
-        keys[self.new] = k[:, :, 0]                                         # (N, H, D)
-        values[self.new] = v[:, :, 0]                                       # (N, H, D)
+            self.kv.append(F.pad(kv, (0, 0, 0, self.T - kv.shape[3])))      # (N, H, 2, T, D)
+            return F.scaled_dot_product_attention(q, *kv.unbind(2), is_causal=True)
+        self.kv[layer][self.new] = kv[:, :, :, 0]                           # (N, H, 2, D)
+        keys, values = self.kv[layer][:, :, :, :self.longest].unbind(2)     # (N, H, longest, D) each
         return F.scaled_dot_product_attention(q, keys, values, attn_mask=self.visible)
 
     def keep(self, rows):
         """Drops all rows but these, (n,) indices, layer by layer: never two caches at once."""
         self.length = self.length[rows]
         for layer, kv in enumerate(self.kv):
-            self.kv[layer] = kv[:, rows]                                    # (2, N, ...) -> (2, n, H, T, D)
+            self.kv[layer] = kv[rows]                                       # (N, ...) -> (n, H, 2, T, D)
 
 
 @torch.no_grad()
@@ -314,7 +314,7 @@ def generate(model, prompt_ids, max_new_tokens, temperature=1.0, eos_id=None, ge
         cache = Cache(lengths, T, device)
         hidden = model.hidden(prompt, cache)[row, cache.length - 1]         # (N, T0, C) -> (N, C)
         for t in range(max_new_tokens):
-            token = sample(model.head(hidden) / temperature, uniform[row, t])               # (n,)
+            token = sample(model.head(hidden / temperature), uniform[row, t])               # (n,)
             ids[row, cache.length] = token.where(~ended, pad)
             mask[row, cache.length] = ~ended
             if eos_id is not None:

@@ -74,11 +74,12 @@ class Config:
     rm_steps: int = opt(800, MODELED, "steps [official code: 3 epochs]")
     rm_responses: int = opt(2, MODELED, "responses to a prompt whose pairs it learns from [paper: 2]")
     rm_batch: int = opt(32, MODELED, "prompts per step, with all their pairs [official code: 128 pairs]")
-    rm_lr: float = opt(1e-3, MODELED, "peak learning rate [official code: 1e-5]")
+    rm_lr: float = opt(1e-3, MODELED, "peak learning rate, of PPO's critic too [official code: 1e-5]")
     # alignment
     align_steps: int = opt(400, f"{PAIRS} {SCORED}", "steps of EXO and DPO [paper: one epoch]")
     align_batch: int = opt(32, COMPARE, "prompts per step of EXO, DPO and XPO [paper: 64]")
     align_lr: float = opt(1e-4, COMPARE, "peak learning rate of EXO, DPO and XPO [paper: 1e-6]")
+    adam_eps: float = opt(1e-8, ALIGN, "Adam's epsilon of the policy, PPO has at least 1e-5 [official code]")
     beta_pi: float = opt(0.5, ALIGN, "scales the log-ratio; DPO's beta on pairs [official code: 0.1]")
     beta_r: float = opt(1.0, f"{SCORED} ppo", "divides the reward; beta = beta_pi beta_r [official: 0.1]")
     eps: float = opt(1e-3, "exo", "label smoothing of EXO's pairs [paper]")
@@ -86,14 +87,12 @@ class Config:
                       ["model", "oracle"])
     num_candidates: int = opt(4, SCORED, "K, responses per prompt of -rw [paper: up to 8]")
     rounds: int = opt(1, SCORED, "times that -rw draws responses, from the present policy [paper: 1]")
+    round_prompts: int = opt(0, f"{SCORED} xpo", "prompts per round; 0: --prompts / rounds [ours]")
     ppo_steps: int = opt(80, "ppo", "PPO's iterations [ours]")
     ppo_batch: int = opt(64, "ppo", "prompts per iteration, one response each [paper: tuned, not given]")
     ppo_lr: float = opt(4e-4, "ppo", "PPO's peak learning rate [paper: tuned, not given]")
-    ppo_critic_lr: float = opt(1e-3, "ppo", "the critic's [paper: tuned, not given]")
     xpo_rounds: int = opt(4, "xpo", "rounds of XPO [XPO's experiment: 3]")
-    xpo_prompts: int = opt(768, "xpo", "prompts per round, one pair each [ours]")
-    xpo_epochs: int = opt(2, "xpo", "passes per round over all pairs so far [ours]")
-    alpha: float = opt(0.0015, "xpo", "XPO's bonus, 0.003 beta_pi [ours]; 0 is online DPO")
+    alpha: float = opt(0.003, "xpo", "XPO's bonus, times beta_pi [ours]; 0 is online DPO")
     # evaluation
     checkpoints: int = opt(8, ALIGN, "evaluations on the way, evenly spaced in the root of the step [ours]")
     eval_prompts: int = opt(256, EVALUATED, "prompts of evaluation [paper: 512]")
@@ -128,23 +127,23 @@ IMDB = dict(                                              # official code, or th
     sft_reviews=25_000, sft_steps=977, sft_batch=128, sft_lr=1e-5,                        # 5 epochs
     oracle_steps=488, oracle_batch=256, oracle_lr=1e-5,                                   # 5 epochs
     prompts=25_000, responses=8, rm_steps=586, rm_batch=128, rm_lr=1e-5,                  # 3 epochs
-    align_steps=391, align_batch=64, align_lr=1e-6, beta_pi=0.1, beta_r=0.1, alpha=3e-4,  # one epoch
-    ppo_steps=400, ppo_batch=128, ppo_lr=2e-6, ppo_critic_lr=1e-5, xpo_rounds=3, xpo_prompts=2048,
+    align_steps=391, align_batch=64, align_lr=1e-6, beta_pi=0.1, beta_r=0.1,               # one epoch
+    ppo_steps=400, ppo_batch=128, ppo_lr=2e-6, xpo_rounds=3,
     checkpoints=10, eval_prompts=512, limit_prompts=64, sample_batch=512, micro_batch=64)
 IMDB_SMALL = IMDB | dict(                                 # ours: a small model from scratch
     new_tokens=118, init="", n_layer=6, n_head=8, n_embd=512,
     sft_reviews=75_000, sft_steps=4688, sft_batch=64, sft_lr=6e-4,                        # 4 epochs
     oracle_steps=1172, oracle_batch=64, oracle_lr=1e-4,                                   # 3 epochs
     prompts=12_800, rm_steps=400, rm_batch=64, rm_lr=1e-4,                                # 2 epochs
-    align_steps=200, align_lr=3e-5, ppo_lr=3e-5, ppo_critic_lr=1e-4,
+    align_steps=200, align_lr=3e-5, ppo_lr=3e-5,
     limit_responses=4096, sample_batch=1024, micro_batch=256)
 IMDB_MINI = IMDB_SMALL | dict(                            # ours: real reviews on a CPU
     tokenizer="gpt2-4096", n_layer=4, n_head=4, n_embd=192, prompt_tokens=12, new_tokens=60, temperature=1.0,
     sft_steps=5000, sft_stretches=3300, sft_batch=32, sft_optimizer="muon", sft_lr=3e-3,
     oracle_steps=1600, oracle_batch=32, oracle_lr=5e-4,
     prompts=9_600, labels="bt", rm_steps=800, rm_batch=16, rm_responses=6, rm_lr=5e-4,
-    align_steps=300, align_batch=32, align_lr=5e-5, beta_pi=0.75, beta_r=1.0, alpha=0.00225,
-    ppo_steps=80, ppo_batch=64, ppo_lr=3e-5, ppo_critic_lr=5e-4, xpo_rounds=4, xpo_prompts=768,
+    align_steps=300, align_batch=32, align_lr=5e-5, beta_pi=0.75, beta_r=1.0,
+    ppo_steps=80, ppo_batch=64, ppo_lr=3e-5, xpo_rounds=4,
     checkpoints=6, eval_prompts=256, limit_prompts=32, limit_responses=4096, micro_batch=0)
 PRESETS = {"tiny": {}, "imdb-mini": IMDB_MINI, "imdb-small": IMDB_SMALL, "imdb": IMDB,
            "imdb-large": IMDB | dict(init="gpt2-large", sample_batch=128, micro_batch=16)}
@@ -152,7 +151,7 @@ OWN_DATA = dict(tokenizer="gpt2", labels="argmax", prompt_tokens=512, new_tokens
                 rm_responses=2, limit_responses=256)
 SMOKE = dict(init="", n_layer=2, n_head=2, n_embd=32, sft_reviews=2_000, sft_steps=30, sft_stretches=0,
              oracle_steps=30, prompts=64, rm_steps=10, align_steps=10, align_batch=8, checkpoints=2,
-             ppo_steps=4, ppo_batch=8, xpo_rounds=2, xpo_prompts=16, eval_prompts=16, limit_prompts=8,
+             ppo_steps=4, ppo_batch=8, xpo_rounds=2, eval_prompts=16, limit_prompts=8,
              limit_responses=128)
 
 
@@ -196,7 +195,7 @@ def parse(argv=None):
 def problems(cfg):
     """Yields what would otherwise fail late, or silently mean something else."""
     for setting in fields(Config):
-        least = 0 if setting.name in ("pipeline", "micro_batch", "sft_stretches") else 1
+        least = 0 if setting.name in ("pipeline", "micro_batch", "sft_stretches", "round_prompts") else 1
         if setting.type is int and getattr(cfg, setting.name) < least:
             yield f"--{setting.name.replace('_', '-')} must be at least {least}"
         value = getattr(cfg, setting.name)

@@ -40,6 +40,7 @@ class Run:
         self.bf16 = self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         if self.device.type == "cuda":
             torch.set_float32_matmul_precision("high")    # TF32 for the heads' float32 products
+            torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False     # sums in float32
             torch.backends.cuda.enable_cudnn_sdp(False)   # it plans for 20 to 40 ms at every new shape
         kind, _, size = cfg.tokenizer.partition("-")
         self.encoding = data.tiny_encoding() if kind == "tiny" else data.gpt2_encoding(int(size or 50_256))

@@ -45,7 +45,7 @@ def loss_of(method, logp, c, cfg):
     if method == "dpo-rw":
         return dpo_reward_loss(logp, ref_logp, reward, cfg.beta_r, cfg.beta_pi)  # Eq 19
     explore_logp = logp.gather(1, c["explore"][:, None]).squeeze(1)              # (b, 2) -> (b,) pi_sft's
-    return xpo.xpo_loss(logp, ref_logp, explore_logp, cfg.beta_pi, cfg.alpha)    # Algorithm 1
+    return xpo.xpo_loss(logp, ref_logp, explore_logp, cfg.beta_pi, cfg.alpha * cfg.beta_pi)
 
 
 def align_by_comparison(run, alignment):
@@ -55,7 +55,7 @@ def align_by_comparison(run, alignment):
     """
     cfg, method, policy = run.cfg, alignment.method, alignment.policy
     if method == "xpo":
-        sizes = xpo.schedule(cfg.xpo_rounds, cfg.xpo_prompts, cfg.xpo_epochs, cfg.align_batch)
+        sizes = xpo.schedule(cfg.xpo_rounds, prompts_per_round(cfg, cfg.xpo_rounds), cfg.align_batch)
     else:
         rounds = cfg.rounds if method in SCORED else 1
         sizes = [cfg.align_steps // rounds] * rounds                             # steps of each round
@@ -71,6 +71,7 @@ def align_by_comparison(run, alignment):
             compared.append(candidates(run, alignment, t))
         P, K = compared["reward"].shape
         index = shuffled_batch(i, cfg.align_batch, P, cfg.pipeline, "align", alignment.seed, t)
+        index = index[compared["mask"][index].any(1).sum(1).argsort()]           # micro-batches pad less
         sums = Sums()
         for part in my_rows(index).split(run.at_once(K, len(index))):
             c = {name: column[part].to(run.device) for name, column in compared.items()}
@@ -117,17 +118,21 @@ def candidates(run, alignment, t):
     return xpo.pairs(first, stages.winners(run, first["reward"], stages.PAIR, "train").squeeze(1))
 
 
-def prompts_of_round(run, alignment, t, n):
-    """n training prompts of round t: each round takes the next ones of a shuffled order."""
-    prompts = run.prompts("train", run.cfg.prompts)
+def prompts_per_round(cfg, rounds):
+    return cfg.round_prompts or max(1, cfg.prompts // rounds)
+
+
+def prompts_of_round(run, alignment, t, rounds):
+    """The training prompts of round t: each round takes the next ones of a shuffled order."""
+    n, prompts = prompts_per_round(run.cfg, rounds), run.prompts("train", run.cfg.prompts)
     order = torch.randperm(len(prompts), generator=run.rng("rounds", alignment.seed))
     return [prompts[order[i % len(prompts)]] for i in range(t * n, (t + 1) * n)]
 
 
 def fresh_responses(run, alignment, t):
-    """K responses of pi_t to each prompt of the round; the prompts are split over the rounds."""
+    """K responses of pi_t to each prompt of the round."""
     cfg, policy, ref = run.cfg, alignment.policy, alignment.ref
-    prompts = prompts_of_round(run, alignment, t, max(1, cfg.prompts // cfg.rounds))
+    prompts = prompts_of_round(run, alignment, t, cfg.rounds)
     reward = stages.reward_function(run, alignment.rewarded_by)
 
     def columns(ids, mask):                                                              # -> (n,) each
@@ -142,7 +147,7 @@ def fresh_responses(run, alignment, t):
 def fresh_pairs(run, alignment, t):
     """Algorithm 1: each prompt's answers by pi_t and by pi_sft become a pair, labeled by the oracle."""
     cfg, seed, ref = run.cfg, alignment.seed, alignment.ref
-    prompts = prompts_of_round(run, alignment, t, cfg.xpo_prompts)
+    prompts = prompts_of_round(run, alignment, t, cfg.xpo_rounds)
     reward = stages.reward_function(run, stages.labeler(run))
 
     def columns(ids, mask):                                                              # -> (n,) each
@@ -171,7 +176,7 @@ def align_by_ppo(run, alignment):
         factor = cosine(step, cfg.ppo_steps)
         stats = ppo.iteration(
             alignment.policy, alignment.ref, critic, alignment.optimizer, critic_optimizer, reward,
-            [prompts[i] for i in index], policy_lr=cfg.ppo_lr * factor, critic_lr=cfg.ppo_critic_lr * factor,
+            [prompts[i] for i in index], policy_lr=cfg.ppo_lr * factor, critic_lr=cfg.rm_lr * factor,
             beta=cfg.beta_pi * cfg.beta_r, new_tokens=cfg.new_tokens, T=run.T, temperature=cfg.temperature,
             eos_id=run.eos_id, generator=run.rng("ppo", seed, step), critic_only=step < alone,
             micro_batch=cfg.micro_batch, sample_batch=cfg.sample_batch)
@@ -201,7 +206,7 @@ class Alignment:
         self.judge = stages.judge(run)                                           # for evaluation
         self.before = read_tensors(stages.reference(run) / "samples.safetensors")     # pi_sft's responses
         self.policy, self.ref = run.gpt(stages.sft(run)), run.gpt(stages.sft(run))
-        self.optimizer = adamw(self.policy.parameters(), eps=1e-5 if method == "ppo" else 1e-8)
+        self.optimizer = adamw(self.policy.parameters(), max(cfg.adam_eps, 1e-5 if method == "ppo" else 0))
         self.metrics = Log(self.folder / "metrics.csv")
         self.evaluations = Log(self.folder / "eval.csv")
 

@@ -138,7 +138,7 @@ def test_rounds_reach_the_optimum_from_ppos_number_of_responses(method, start_ru
 
 @pytest.mark.parametrize("method, settings, prompts", [
     ("exo-rw", dict(align_steps=24, rounds=3, **ROUNDS), 16),        # rounds begin at 0, 8, 16
-    ("xpo", dict(xpo_rounds=3, xpo_prompts=24, align_batch=16, align_lr=3e-3), 72)])     # at 0, 3, 9
+    ("xpo", dict(xpo_rounds=3, round_prompts=24, align_batch=16, align_lr=3e-3), 72)])     # at 0, 3, 9
 def test_rounds_go_on_where_they_broke_off_to_the_same_bits(method, settings, prompts, start_run):
     """In the middle of a round: on that round's responses, for XPO on all pairs so far."""
     whole = Practice(start_run(16, "whole", **settings), method)
@@ -164,7 +164,7 @@ def test_a_round_is_the_policys_own_responses_with_the_kl_paid(start_run):
 @pytest.mark.parametrize("alpha", [0.0, 0.003])
 def test_xpo_and_online_dpo_come_near_the_optimum(alpha, start_run):
     """Within 10% of J* - J(pi_sft), from 12,000 Bradley-Terry labels and nothing else."""
-    run = start_run(4000, responses=2, xpo_rounds=4, xpo_prompts=3000, xpo_epochs=2, align_batch=128,
+    run = start_run(4000, responses=2, xpo_rounds=4, round_prompts=3000, align_batch=128,
                     align_lr=3e-3, beta_pi=BETA, alpha=alpha)
     practice = Practice(run, "xpo")
     assert len(practice.kept["compared"]["reward"]) == 12_000
@@ -173,7 +173,7 @@ def test_xpo_and_online_dpo_come_near_the_optimum(alpha, start_run):
 
 # ---- XPO ----------------------------------------------------------------------------------------------
 
-SHORT = dict(responses=2, xpo_rounds=2, xpo_prompts=24, xpo_epochs=2, align_batch=16, align_lr=3e-3)
+SHORT = dict(responses=2, xpo_rounds=2, round_prompts=24, align_batch=16, align_lr=3e-3)
 
 
 def test_alpha_zero_is_dpo_through_the_whole_training(start_run, monkeypatch):
@@ -191,19 +191,19 @@ def test_alpha_zero_is_dpo_through_the_whole_training(start_run, monkeypatch):
 
 
 def test_the_bonus_is_on_the_responses_of_pi_sft(start_run):
-    """At the first step pi = pi_sft: log 2 of every pair, and alpha times the mean log pi_sft(y~)."""
-    run = start_run(16, alpha=0.1, **SHORT | dict(xpo_rounds=1, xpo_epochs=1, align_batch=24))
+    """At the first step pi = pi_sft: log 2 of every pair, and alpha beta times the mean log pi_sft(y~)."""
+    run = start_run(16, alpha=0.1, **SHORT | dict(xpo_rounds=1, align_batch=24))
     pairs, _, _ = drawn(run, "xpo", lm.policy())
     explore_logp = pairs["ref_logp"].gather(1, pairs["explore"][:, None]).mean()
     other_logp = pairs["ref_logp"].gather(1, 1 - pairs["explore"][:, None]).mean()
     assert abs(explore_logp - other_logp) > 0.01
     first = Practice(run, "xpo").metrics.rows[0]
-    assert first["loss"] == pytest.approx(math.log(2) + 0.1 * float(explore_logp), abs=1e-4)
+    assert first["loss"] == pytest.approx(math.log(2) + 0.1 * 0.5 * float(explore_logp), abs=1e-4)
 
 
 @pytest.mark.parametrize("labels", ["argmax", "bt"])
 def test_a_pair_has_its_winner_first_and_the_references_log_probs(labels, start_run):
-    run = start_run(100, xpo_prompts=300, labels=labels, temperature=0.8)
+    run = start_run(100, round_prompts=300, labels=labels, temperature=0.8)
     pairs, ids, mask = drawn(run, "xpo", lm.moved_policy())
     lead = lm.reward_of(ids, mask).view(-1, 2) @ torch.tensor([1.0, -1.0])               # (2 n,) -> (n,)
     lead = lead[lead != 0]                                           # without ties
@@ -216,7 +216,7 @@ def test_a_pair_has_its_winner_first_and_the_references_log_probs(labels, start_
 
 def test_explore_marks_pi_sfts_response_won_or_lost(start_run):
     """Whatever pi_t is, pi_sft draws the same responses: those that the marks of both rounds point at."""
-    run = start_run(40, xpo_prompts=120)
+    run = start_run(40, round_prompts=120)
     rounds = [drawn(run, "xpo", lm.moved_policy(fraction))[0] for fraction in (0.5, 0.2)]
     theirs = [pairs["ids"][range(120), pairs["explore"]] for pairs in rounds]            # (n, T) each
     ours = [pairs["ids"][range(120), 1 - pairs["explore"]] for pairs in rounds]          # (n, T) each
@@ -227,7 +227,7 @@ def test_explore_marks_pi_sfts_response_won_or_lost(start_run):
 def test_the_other_response_is_the_present_policys(start_run):
     """The mean of log pi / pi_sft is the KL on samples of pi, and below 0 on those of pi_sft."""
     pi, ref = lm.moved_policy(), lm.policy()
-    pairs, ids, mask = drawn(start_run(400, xpo_prompts=1200), "xpo", pi)
+    pairs, ids, mask = drawn(start_run(400, round_prompts=1200), "xpo", pi)
     theirs = pairs["explore"][:, None]                               # (n, 1)
     h = sequence_kl(pi, ref, ids, mask, 1.0)[1].view(-1, 2)          # (2 n,) -> (n, 2)
     other = h.gather(1, 1 - theirs)                                  # (n, 1)
@@ -237,4 +237,4 @@ def test_the_other_response_is_the_present_policys(start_run):
 
 
 def test_rounds_make_their_passes_over_all_pairs_so_far():
-    assert xpo.schedule(rounds=3, prompts=10, epochs=2, batch_size=8) == [3, 5, 8]       # 20, 40, 60 pairs
+    assert xpo.schedule(rounds=3, prompts=10, batch_size=8) == [3, 5, 8]       # 20, 40, 60 pairs

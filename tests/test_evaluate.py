@@ -162,6 +162,8 @@ def test_best_of_n_is_the_mean_of_the_best_at_a_bound_of_its_kl(counts):
     ties, fine = np.array([0.5, 0.3, 0.2]), np.full(100_000, 1e-5)   # pi_sft over ascending rewards
     for n in (2, 8, 64):
         assert evaluate.best_of_n(ranks, n)[1] == pytest.approx(4097 * n / (n + 1) - 1, rel=0.05)
+        by_model = evaluate.best_of_n(-ranks, n, judged=ranks)       # whose order is the reverse
+        assert by_model[1] == pytest.approx(4097 / (n + 1) - 1, rel=0.05, abs=10)
         bound, best = evaluate.best_of_n(counts, n)
         assert gap_to_limit(curve, best, bound) > 0
         best, best_fine = (np.diff(np.append(0, p.cumsum()) ** n) for p in (ties, fine))

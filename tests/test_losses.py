@@ -138,6 +138,20 @@ def test_dpo_is_dpo_reward_with_a_one_hot_target():
     torch.testing.assert_close(dpo(logp, ref_logp), dpo_reward(logp, ref_logp, reward))
 
 
+def test_at_a_target_margin_of_two_exo_pref_has_dpos_gradient_to_first_order():
+    """eps is a temperature: 1e-3 asks for 6.907 / 2 = 3.45 times the margin of eps = 0.119."""
+    eps = 1 / (1 + math.exp(2))                                      # log((1 - eps) / eps) = 2
+    assert eps == pytest.approx(0.1192, abs=1e-4)
+    logp, ref_logp = normal(2, B, 2)
+    for size in (1e-2, 1e-3):                                        # of the margins: the rest is quadratic
+        near = size * logp
+        difference = gradient(partial(exo_pref_loss, beta_pi=BETA_PI, eps=eps), near, size * ref_logp)
+        difference -= gradient(dpo, near, size * ref_logp)
+        assert difference.abs().max() < BETA_PI * margin(near, size * ref_logp).abs().max() ** 2 / B
+    three_times = gradient(partial(exo_pref_loss, beta_pi=BETA_PI, eps=1e-3), logp, logp)
+    torch.testing.assert_close(three_times, gradient(dpo, logp, logp) * math.log(0.999 / 0.001) / 2)
+
+
 @each_reward_loss
 def test_a_constant_added_to_a_prompts_rewards_or_log_ratios_changes_nothing(loss):
     logp, ref_logp, reward = normal(3, B, K)

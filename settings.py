@@ -66,7 +66,7 @@ class Config:
     sft_lr: float = opt(2e-3, ALL, "peak learning rate [official code: 1e-5; ours from scratch]")
     oracle_steps: int = opt(1200, ALL, "steps [official code: 5 epochs]")
     oracle_batch: int = opt(64, ALL, "reviews per step [official code: 256]")
-    oracle_lr: float = opt(1e-3, ALL, "peak learning rate [official code: 1e-5]")
+    scorer_lr: float = opt(1e-3, ALL, "peak rate of oracle, reward model, PPO's critic [official code: 1e-5]")
     prompts: int = opt(4096, f"{SAMPLED} xpo", "training prompts [official code: 25,000]")
     responses: int = opt(4, SAMPLED, "of pi_sft to each prompt [paper: up to 8]")
     labels: str = opt("bt", f"reward_model {ALIGN}", "how a pair's winner is found [official code: argmax]",
@@ -74,12 +74,12 @@ class Config:
     rm_steps: int = opt(800, MODELED, "steps [official code: 3 epochs]")
     rm_responses: int = opt(2, MODELED, "responses to a prompt whose pairs it learns from [paper: 2]")
     rm_batch: int = opt(32, MODELED, "prompts per step, with all their pairs [official code: 128 pairs]")
-    rm_lr: float = opt(1e-3, MODELED, "peak learning rate, of PPO's critic too [official code: 1e-5]")
     # alignment
     align_steps: int = opt(400, f"{PAIRS} {SCORED}", "steps of EXO and DPO [paper: one epoch]")
     align_batch: int = opt(32, COMPARE, "prompts per step of EXO, DPO and XPO [paper: 64]")
-    align_lr: float = opt(1e-4, COMPARE, "peak learning rate of EXO, DPO and XPO [paper: 1e-6]")
-    adam_eps: float = opt(1e-8, ALIGN, "Adam's epsilon of the policy, PPO has at least 1e-5 [official code]")
+    align_lr: float = opt(3e-4, f"{PAIRS} xpo", "peak learning rate of EXO, DPO and XPO [paper: 1e-6]")
+    rw_lr: float = opt(1.5e-4, SCORED, "peak learning rate of -rw [paper: 1e-6]")
+    adam_eps: float = opt(1e-2, ALIGN, "Adam's epsilon of the policy [official code: 1e-8], see results")
     beta_pi: float = opt(0.5, ALIGN, "scales the log-ratio; DPO's beta on pairs [official code: 0.1]")
     beta_r: float = opt(1.0, f"{SCORED} ppo", "divides the reward; beta = beta_pi beta_r [official: 0.1]")
     eps: float = opt(1e-3, "exo", "label smoothing of EXO's pairs [paper]")
@@ -90,7 +90,7 @@ class Config:
     round_prompts: int = opt(0, f"{SCORED} xpo", "prompts per round; 0: --prompts / rounds [ours]")
     ppo_steps: int = opt(80, "ppo", "PPO's iterations [ours]")
     ppo_batch: int = opt(64, "ppo", "prompts per iteration, one response each [paper: tuned, not given]")
-    ppo_lr: float = opt(4e-4, "ppo", "PPO's peak learning rate [paper: tuned, not given]")
+    ppo_lr: float = opt(1e-3, "ppo", "PPO's peak learning rate [paper: tuned, not given]")
     xpo_rounds: int = opt(4, "xpo", "rounds of XPO [XPO's experiment: 3]")
     alpha: float = opt(0.003, "xpo", "XPO's bonus, times beta_pi [ours]; 0 is online DPO")
     # evaluation
@@ -125,24 +125,25 @@ IMDB = dict(                                              # official code, or th
     data="imdb", tokenizer="gpt2", init="gpt2", prompt_tokens=10, new_tokens=502, temperature=0.8,
     labels="argmax",
     sft_reviews=25_000, sft_steps=977, sft_batch=128, sft_lr=1e-5,                        # 5 epochs
-    oracle_steps=488, oracle_batch=256, oracle_lr=1e-5,                                   # 5 epochs
-    prompts=25_000, responses=8, rm_steps=586, rm_batch=128, rm_lr=1e-5,                  # 3 epochs
-    align_steps=391, align_batch=64, align_lr=1e-6, beta_pi=0.1, beta_r=0.1,               # one epoch
+    oracle_steps=488, oracle_batch=256, scorer_lr=1e-5,                                   # 5 epochs
+    prompts=25_000, responses=8, rm_steps=586, rm_batch=128,                              # 3 epochs
+    align_steps=391, align_batch=64, align_lr=1e-6, rw_lr=1e-6, adam_eps=1e-8,            # one epoch
+    beta_pi=0.1, beta_r=0.1,
     ppo_steps=400, ppo_batch=128, ppo_lr=2e-6, xpo_rounds=3,
     checkpoints=10, eval_prompts=512, limit_prompts=64, sample_batch=512, micro_batch=64)
 IMDB_SMALL = IMDB | dict(                                 # ours: a small model from scratch
     new_tokens=118, init="", n_layer=6, n_head=8, n_embd=512,
     sft_reviews=75_000, sft_steps=4688, sft_batch=64, sft_lr=6e-4,                        # 4 epochs
-    oracle_steps=1172, oracle_batch=64, oracle_lr=1e-4,                                   # 3 epochs
-    prompts=12_800, rm_steps=400, rm_batch=64, rm_lr=1e-4,                                # 2 epochs
-    align_steps=200, align_lr=3e-5, ppo_lr=3e-5,
+    oracle_steps=1172, oracle_batch=64, scorer_lr=1e-4,                                   # 3 epochs
+    prompts=12_800, rm_steps=400, rm_batch=64,                                            # 2 epochs
+    align_steps=200, align_lr=3e-5, rw_lr=3e-5, ppo_lr=3e-5,
     limit_responses=4096, sample_batch=1024, micro_batch=256)
 IMDB_MINI = IMDB_SMALL | dict(                            # ours: real reviews on a CPU
     tokenizer="gpt2-4096", n_layer=4, n_head=4, n_embd=192, prompt_tokens=12, new_tokens=60, temperature=1.0,
     sft_steps=5000, sft_stretches=3300, sft_batch=32, sft_optimizer="muon", sft_lr=3e-3,
-    oracle_steps=1600, oracle_batch=32, oracle_lr=5e-4,
-    prompts=9_600, labels="bt", rm_steps=800, rm_batch=16, rm_responses=6, rm_lr=5e-4,
-    align_steps=300, align_batch=32, align_lr=5e-5, beta_pi=0.75, beta_r=1.0,
+    oracle_steps=1600, oracle_batch=32, scorer_lr=5e-4,
+    prompts=9_600, labels="bt", rm_steps=800, rm_batch=16, rm_responses=6,
+    align_steps=300, align_batch=32, align_lr=5e-5, rw_lr=5e-5, beta_pi=0.75, beta_r=1.0,
     ppo_steps=80, ppo_batch=64, ppo_lr=3e-5, xpo_rounds=4,
     checkpoints=6, eval_prompts=256, limit_prompts=32, limit_responses=4096, micro_batch=0)
 PRESETS = {"tiny": {}, "imdb-mini": IMDB_MINI, "imdb-small": IMDB_SMALL, "imdb": IMDB,

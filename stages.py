@@ -239,7 +239,7 @@ def oracle(run, folder):
         return {"loss": loss, "accuracy": ((log_odds > 0) == (label > 0)).sum()}, len(part)
 
     optimizers = [adamw(scorer.parameters())]
-    trained(run, folder, scorer, optimizers, loss_of, cfg.oracle_lr, cfg.oracle_steps,
+    trained(run, folder, scorer, optimizers, loss_of, cfg.scorer_lr, cfg.oracle_steps,
             lambda step: batch_by_length(step, cfg.oracle_batch, length, cfg.pipeline, "oracle"))
     with torch.no_grad():
         parts = torch.arange(len(test)).split(100)
@@ -292,7 +292,7 @@ def reward_model(run, folder):
         return {"loss": -F.logsigmoid(margin).mean(1).sum(), "accuracy": right.mean(1).sum()}, len(part)
 
     optimizers = [adamw(scorer.parameters())]
-    trained(run, folder, scorer, optimizers, loss_of, cfg.rm_lr, cfg.rm_steps,
+    trained(run, folder, scorer, optimizers, loss_of, cfg.scorer_lr, cfg.rm_steps,
             lambda step: batch_by_length(step, cfg.rm_batch, length, cfg.pipeline, "reward_model"), R)
     score = score_all(run, scorer, sampled)                                              # (P, K)
     report = {"shift": float(score.mean()), "scale": 1.0}

@@ -80,7 +80,7 @@ def align_by_comparison(run, alignment):
             loss = loss_of(method, logp, c, cfg) * len(part)
             loss.backward()
             sums.add(len(part), loss=loss, **implicit_rewards(logp.detach(), c, cfg.beta_pi))
-        lr = cfg.align_lr * cosine(step, len(schedule))
+        lr = (cfg.rw_lr if method in SCORED else cfg.align_lr) * cosine(step, len(schedule))
         means = update([alignment.optimizer], lr, sums, f"{method}, step {step + 1}")
         alignment.metrics.write(step=step + 1, lr=lr, **means)
 
@@ -176,7 +176,7 @@ def align_by_ppo(run, alignment):
         factor = cosine(step, cfg.ppo_steps)
         stats = ppo.iteration(
             alignment.policy, alignment.ref, critic, alignment.optimizer, critic_optimizer, reward,
-            [prompts[i] for i in index], policy_lr=cfg.ppo_lr * factor, critic_lr=cfg.rm_lr * factor,
+            [prompts[i] for i in index], policy_lr=cfg.ppo_lr * factor, critic_lr=cfg.scorer_lr * factor,
             beta=cfg.beta_pi * cfg.beta_r, new_tokens=cfg.new_tokens, T=run.T, temperature=cfg.temperature,
             eos_id=run.eos_id, generator=run.rng("ppo", seed, step), critic_only=step < alone,
             micro_batch=cfg.micro_batch, sample_batch=cfg.sample_batch)

@@ -119,13 +119,13 @@ def drawn(run, method, policy):
 @pytest.mark.parametrize("method", ["exo-rw", "dpo-rw"])
 def test_exo_and_dpo_from_rewards_reach_the_optimum(method, start_run):
     """Within 5% of J* - J(pi_sft), at pi*'s KL within 10%; beta_pi beta_r = beta, and neither is 1."""
-    run = start_run(1000, align_steps=100, align_batch=32, align_lr=8e-3, beta_pi=0.5, beta_r=2.0,
+    run = start_run(1000, align_steps=100, align_batch=32, rw_lr=8e-3, beta_pi=0.5, beta_r=2.0,
                     responses=8, num_candidates=8)
     gain, kl = lm.reached(Practice(run, method).policy, BETA)
     assert gain >= 0.95 and abs(kl - 1) <= 0.1
 
 
-ROUNDS = dict(align_batch=24, align_lr=3e-3, beta_pi=0.5, beta_r=1.0)
+ROUNDS = dict(align_batch=24, rw_lr=3e-3, beta_pi=0.5, beta_r=1.0)
 
 
 @pytest.mark.parametrize("method", ["exo-rw", pytest.param("dpo-rw", marks=pytest.mark.slow)])

@@ -29,7 +29,7 @@ def test_one_command_leaves_a_policy_metrics_samples_and_the_frontier(smoke):
         assert (smoke / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
     metrics = read_csv(smoke / ALIGNED / "metrics.csv")
     assert [row["step"] for row in metrics] == [1, 2, 3, 4, 5, 6] and metrics[0]["loss"] > 0
-    assert metrics[0]["lr"] == 1e-4 and 0 < metrics[-1]["lr"] < metrics[1]["lr"]
+    assert metrics[0]["lr"] == 1.5e-4 and 0 < metrics[-1]["lr"] < metrics[1]["lr"]
     rows = read_csv(smoke / ALIGNED / "eval.csv")
     assert [row["step"] for row in rows] == [0, 2, 6] and rows[0]["kl"] == pytest.approx(0, abs=1e-5)
     assert list(rows[0])[:6] == ["step", "reward", "reward_se", "accuracy", "kl", "kl_se"]

@@ -1,4 +1,5 @@
 """Where every response can be written out: KL estimators, the limit, EXO, DPO and XPO against the truth."""
+import copy
 import math
 from types import SimpleNamespace
 
@@ -11,8 +12,9 @@ import train
 import xpo
 from dpo import dpo_loss
 from evaluate import optimum, sequence_kl
-from loop import Log, adamw, resumable, write_tensors
-from model import sequence_logprob
+from exo import exo_loss
+from loop import Log, Sums, adamw, cosine, resumable, rng, update, write_tensors
+from model import GPT, sequence_logprob
 from settings import Config
 from stages import Run
 
@@ -169,6 +171,64 @@ def test_xpo_and_online_dpo_come_near_the_optimum(alpha, start_run):
     practice = Practice(run, "xpo")
     assert len(practice.kept["compared"]["reward"]) == 12_000
     assert lm.reached(practice.policy, BETA)[0] >= 0.9
+
+
+# ---- Adam's epsilon -----------------------------------------------------------------------------------
+
+FOLLOWS = torch.tensor([0, 2, 3, 4, 5, 1])                # in this grammar every second token is certain
+
+
+def fit(gpt, adam_eps, lr, steps, loss_of):
+    """Trains a GPT by loss_of(step).  -> [log pi of every response, (P, Y), after each tenth of the steps]"""
+    optimizer, passed = adamw(gpt.parameters(), adam_eps), []
+    for step in range(steps):
+        loss, sums = loss_of(step), Sums()
+        loss.backward()
+        sums.add(1, loss=loss)
+        update([optimizer], lr * cosine(step, steps), sums, "fit")
+        if (step + 1) % (steps // 10) == 0:
+            with torch.no_grad():
+                passed.append(lm.log_probs(gpt))
+    return passed
+
+
+@pytest.mark.slow
+def test_offline_mass_leaks_to_responses_that_no_sample_shows_with_adams_usual_epsilon():
+    """pi_sft learned by sampled batches gives each wrong token e^-10; pi* leaves it so.  EXO from rewards."""
+    torch.manual_seed(0)
+    pi_sft = GPT(lm.CONFIG)
+
+    def likelihood(step):
+        drawn = torch.randint(1, 6, (2, 64), generator=rng("grammar", step))             # the free tokens
+        prompt = torch.randint(1, 4, (64,), generator=rng("prompts", step))
+        ids = torch.stack([prompt, drawn[0], FOLLOWS[drawn[0]], drawn[1], FOLLOWS[drawn[1]]], dim=1)
+        return -sequence_logprob(pi_sft, ids, (torch.arange(5) > 0).expand(64, 5)).mean()
+
+    before = fit(pi_sft, 1e-8, 3e-3, 3000, likelihood)[-1]
+    K, prompts = 4, 3 * 512
+    ids, mask = lm.sample(pi_sft, 512 * K)
+    shown = set(map(str, ids.tolist()))
+    unseen = torch.tensor([str(row) not in shown for row in lm.IDS.tolist()]).view(before.shape)
+    taste = torch.randn(lm.V, generator=torch.Generator().manual_seed(2))
+    reward = 1.5 * (taste[ids[:, 1]] + taste[ids[:, 3]]).view(prompts, K)
+    with torch.no_grad():
+        ref_logp = sequence_logprob(pi_sft, ids, mask).view(prompts, K)
+    ids, mask = ids.view(prompts, K, -1), mask.view(prompts, K, -1)                      # (prompts, K, T)
+
+    def leaked(adam_eps, lr):
+        policy = copy.deepcopy(pi_sft)
+
+        def loss_of(step):
+            index = torch.randperm(prompts, generator=rng("batch", step))[:32]
+            rows = ids[index].flatten(0, 1), mask[index].flatten(0, 1)                   # (32 K, T) each
+            logp = sequence_logprob(policy, *rows).view(32, K)
+            return exo_loss(logp, ref_logp[index], reward[index], beta_r=1.0, beta_pi=0.5)
+
+        return max(float(logp.exp()[unseen].sum() / 3) for logp in fit(policy, adam_eps, lr, 400, loss_of))
+
+    start = float(before.exp()[unseen].sum() / 3)
+    usual, large = [leaked(1e-8, lr) for lr in (3e-4, 1e-3)], [leaked(1e-2, lr) for lr in (1e-3, 3e-3)]
+    assert start < 1e-3 and min(usual) > 0.02 and max(usual) > 10 * max(large)
 
 
 # ---- XPO ----------------------------------------------------------------------------------------------

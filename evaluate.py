@@ -108,11 +108,6 @@ def limit_curve(reward, judged=None, betas=BETAS):
     return {name: np.array(column) for name, column in curve.items()}
 
 
-def gap_to_limit(curve, reward, kl):
-    """How far a policy's (KL, reward) lies below the limit: min over beta of beta log Z - (r - beta KL)."""
-    return float((curve["beta"] * (curve["log_z"] + kl)).min() - reward)
-
-
 def kl_needed(curve, reward):
     """The KL at which the limit has this reward: max over beta of r / beta - log Z.  nan if unsupported"""
     return float(max(reward / curve["beta"] - curve["log_z"], default=math.nan))

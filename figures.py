@@ -140,7 +140,7 @@ def density(run, groups):
             measured[name] = sequence_logprob(policy, ids, mask, cfg.temperature)
         return measured
 
-    drawn = stages.answers(run, ref, run.prompts("evaluated", 1), M, rng("density"), measure)
+    drawn = stages.sample_responses(run, ref, run.prompts("evaluated", 1), M, rng("density"), measure)
     drawn = {name: column[0].double().numpy() for name, column in drawn.items()}        # (M,) each
     grid = np.linspace(*np.percentile(drawn["ref"], [2, 98]), 100)              # (G,)
     figure, axes = canvas(run, "density ratio on one prompt", "$\\log \\pi_{sft}$ of a response, nats",

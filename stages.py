@@ -363,25 +363,30 @@ def responses(run, folder):
     if cfg.own:
         sampled = own_responses(run, policy, "train")
     else:
-        reward, prompts = reward_function(run, oracle(run)), run.prompts("train", cfg.prompts)
-
-        def columns(ids, mask):                                                          # -> (n,) each
-            ref_logp = sequence_logprob(policy, ids, mask, cfg.temperature)
-            return {"ref_logp": ref_logp, "reward": reward(ids, mask)}
-
-        sampled = answers(run, policy, prompts, cfg.responses, run.rng("responses"), columns)
+        prompts, measure = run.prompts("train", cfg.prompts), scored(run, policy, oracle(run))
+        sampled = sample_responses(run, policy, prompts, cfg.responses, run.rng("responses"), measure)
     write_tensors(folder / "responses.safetensors", sampled)
 
 
-def answers(run, policy, prompts, each, generator, columns):
+def scored(run, ref, folder):
+    """What is measured of new responses: log pi_ref, and the reward of a scorer's folder."""
+    reward = reward_function(run, folder)
+
+    def measure(ids, mask):                                                              # -> (n,) each
+        ref_logp = sequence_logprob(ref, ids, mask, run.cfg.temperature)
+        return {"ref_logp": ref_logp, "reward": reward(ids, mask)}
+    return measure
+
+
+def sample_responses(run, policy, prompts, each, generator, measure):
     """`each` responses of a policy to every prompt.  -> {ids, mask: (P, each, T), name: (P, each)}
 
-    columns: (ids, mask) of some rows -> {name: (n,)}.
+    measure: (ids, mask) of some rows -> {name: (n,)}.
     """
     cfg = run.cfg
     repeated = [prompt for prompt in prompts for _ in range(each)]
     new = respond(policy, repeated, cfg.new_tokens, run.T, cfg.temperature, run.eos_id, generator,
-                  cfg.sample_batch, columns)
+                  cfg.sample_batch, measure)
     return {name: column.unflatten(0, (len(prompts), each)) for name, column in new.items()}
 
 
@@ -420,11 +425,11 @@ def limit(run):
     if not finished:
         prompts = run.prompts("evaluated", run.cfg.limit_prompts)
 
-        def columns(ids, mask):
+        def measure(ids, mask):
             return {name: reward(ids, mask) for name, reward in scores.items()}          # (n,) each
 
         policy, generator = run.gpt(sft(run)), run.rng("limit")
-        sampled = answers(run, policy, prompts, run.cfg.limit_responses, generator, columns)
+        sampled = sample_responses(run, policy, prompts, run.cfg.limit_responses, generator, measure)
         write_tensors(folder / "rewards.safetensors", {name: sampled[name] for name in scores})
         finish(folder)
     return read_tensors(folder / "rewards.safetensors")
@@ -446,12 +451,12 @@ def evaluation(run, policy, ref, reward, generator):
     """A policy's responses to the prompts of evaluation.  -> {ids, mask, reward, kl, k1: (P, S, ...)}"""
     cfg = run.cfg
 
-    def columns(ids, mask):
+    def measure(ids, mask):
         kl, k1 = sequence_kl(policy, ref, ids, mask, cfg.temperature)                    # (n,), (n,)
         return {"reward": reward(ids, mask), "kl": kl, "k1": k1}
 
     prompts = run.prompts("evaluated", cfg.eval_prompts)
-    return answers(run, policy, prompts, cfg.eval_samples, generator, columns)
+    return sample_responses(run, policy, prompts, cfg.eval_samples, generator, measure)
 
 
 def texts(run, ids, mask):

@@ -135,28 +135,23 @@ def fresh_responses(run, alignment, t):
     prompts = prompts_of_round(run, alignment, t, cfg.rounds)
     reward = stages.reward_function(run, alignment.rewarded_by)
 
-    def columns(ids, mask):                                                              # -> (n,) each
+    def measure(ids, mask):                                                              # -> (n,) each
         logp, ref_logp = (sequence_logprob(gpt, ids, mask, cfg.temperature) for gpt in (policy, ref))
         paid = reward(ids, mask) - cfg.beta_r * cfg.beta_pi * (logp - ref_logp)
         return {"ref_logp": logp, "reward": paid}
 
     generator = run.rng("rounds", alignment.seed, t)
-    return stages.answers(run, policy, prompts, cfg.num_candidates, generator, columns)
+    return stages.sample_responses(run, policy, prompts, cfg.num_candidates, generator, measure)
 
 
 def fresh_pairs(run, alignment, t):
-    """Algorithm 1: each prompt's answers by pi_t and by pi_sft become a pair, labeled by the oracle."""
+    """Algorithm 1: a response of pi_t and one of pi_sft to each prompt are a pair, labeled by the oracle."""
     cfg, seed, ref = run.cfg, alignment.seed, alignment.ref
     prompts = prompts_of_round(run, alignment, t, cfg.xpo_rounds)
-    reward = stages.reward_function(run, stages.labeler(run))
-
-    def columns(ids, mask):                                                              # -> (n,) each
-        ref_logp = sequence_logprob(ref, ids, mask, cfg.temperature)
-        return {"ref_logp": ref_logp, "reward": reward(ids, mask)}
-
-    ours = stages.answers(run, alignment.policy, prompts, 1, run.rng("xpo", seed, t, "pi_t"), columns)
-    theirs = stages.answers(run, ref, prompts, 1, run.rng("xpo", seed, t, "pi_sft"), columns)    # (n, 1, ...)
-    both = {name: torch.cat([ours[name], theirs[name]], dim=1) for name in ours}         # (n, 2, ...)
+    measure = stages.scored(run, ref, stages.labeler(run))
+    drawn = [stages.sample_responses(run, policy, prompts, 1, run.rng("xpo", seed, t, name), measure)
+             for policy, name in ((alignment.policy, "pi_t"), (ref, "pi_sft"))]          # (n, 1, ...) each
+    both = {name: torch.cat([each[name] for each in drawn], dim=1) for name in drawn[0]}        # (n, 2, ...)
     winner = stages.winners(run, both["reward"], stages.PAIR, "xpo", seed, t)            # (n, 1)
     return xpo.pairs(both, winner.squeeze(1))
 

@@ -22,6 +22,11 @@ SMALL = ["--smoke", "--preset", "tiny", "--new-tokens", "8", "--sft-reviews", "2
 ALIGNED = "exo-rw-k4-s0"                                  # what the run `smoke` aligns
 
 
+def gap_to_limit(curve, reward, kl):
+    """How far a policy's (KL, reward) lies below the limit: min over beta of beta log Z - (r - beta KL)."""
+    return float((curve["beta"] * (curve["log_z"] + kl)).min() - reward)
+
+
 def pytest_collection_modifyitems(items):
     """The files that take longest come first, so that the others run next to them."""
     longest = ("test_tiny.py", "test_readme.py", "test_train.py", "test_loop.py")

@@ -6,11 +6,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import gap_to_limit
 
 import data
 import evaluate
 import stages
-from evaluate import gap_to_limit, kl_needed, limit_curve, optimum, sequence_kl, share_of_objective, win_rate
+from evaluate import kl_needed, limit_curve, optimum, sequence_kl, share_of_objective, win_rate
 from model import GPT
 
 

@@ -9,10 +9,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import gap_to_limit
 
 import data
 import stages
-from evaluate import gap_to_limit, limit_curve, optimum
+from evaluate import limit_curve, optimum
 from loop import read_csv, read_tensors
 
 pytestmark = pytest.mark.slow

@@ -8,7 +8,7 @@ nbformat = pytest.importorskip("nbformat")
 ROOT = Path(__file__).resolve().parent.parent
 # relative and absolute; an XPO run is a chain of draws, and on another machine rounding can change a draw
 TOLERANCE = {"reverse_vs_forward_kl": (0.01, 2e-3), "exo_is_exact": (0.02, 2e-3),
-             "xpo_exploration": (0.15, 0.05)}
+             "xpo_exploration": (0.15, 0.05), "exo_on_gpt2": None}      # None: it prints sampled texts
 NUMBER = r"-?\d+(?:\.\d+)?(?:e[-+]\d+)?"
 
 
@@ -42,6 +42,11 @@ def test_notebook_runs_again_and_prints_the_same_numbers(name):
     notebook, fresh = read(name)
     folder = {"metadata": {"path": str(ROOT / "toy")}}
     nbclient.NotebookClient(notebook, timeout=600, resources=folder).execute()
+    if TOLERANCE[name] is None:
+        texts = "".join(map(printed, fresh))
+        rewards = [float(reward) for reward in re.findall(r"reward (-?\d+\.\d+), KL", texts)]
+        assert len(rewards) == 5 and rewards[-1] > rewards[0] + 1.5
+        return
     relative, absolute = TOLERANCE[name]
     for before, after in zip(map(printed, stored), map(printed, fresh)):
         assert re.sub(f"{NUMBER}| ", "", before) == re.sub(f"{NUMBER}| ", "", after)      # the same words

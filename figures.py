@@ -85,7 +85,8 @@ def draw(run):
     if not groups:
         raise UserError(f"{run.folder} holds no finished alignment yet: run train.py first")
     sampled = {name: reward.numpy() for name, reward in stages.limit(run).items()}        # (P, M) each
-    figure, axes = canvas(run, "reward against KL", KL_AXIS, "gain in reward")            # Figure 2
+    title = "higher is better, further right costs more KL"
+    figure, axes = canvas(run, title, KL_AXIS, "gain in reward over $\\pi_{sft}$")        # Figure 2
     frontier(axes, groups, sampled, run.folder / "frontier.csv")
     save(figure, run.folder / "frontier.png")
 
@@ -103,7 +104,10 @@ def draw(run):
 
 
 def frontier(axes, groups, sampled, path):
-    """Figure 2: reward against KL.  All lines begin at (0, 0): pi_sft.  sampled: of `stages.limit`"""
+    """Figure 2: reward against KL.  All lines begin at (0, 0): pi_sft.  sampled: of `stages.limit`
+
+    Best of n is drawn by the reward model, as in the paper, where there is one; the csv has both.
+    """
     reward = sampled["reward"]                                                  # (P, M)
     lines = {"the limit": evaluate.limit_curve(reward), "best of n": best_of(reward)}
     if "model_reward" in sampled:
@@ -112,7 +116,8 @@ def frontier(axes, groups, sampled, path):
     rows = []
     for name, curve in lines.items():
         gain = curve["reward"] - reward.mean()
-        axes.plot(curve["kl"], gain, label=name, **LIMITS[name])
+        if name != "best of n" or "model_reward" not in sampled:
+            axes.plot(curve["kl"], gain, label=name, **LIMITS[name])
         rows += [{"line": name, "kl": kl, "gain": y} for kl, y in zip(curve["kl"], gain)]
     write_csv(path, rows)
     plot(axes, groups, "kl", "reward", gain=True)

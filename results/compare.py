@@ -94,8 +94,9 @@ def main(folders):
         J = np.array([end["J"] for end in ends])
         runaways, reward, kl, faulty = (np.mean([end[key] for end in ends])
                                         for key in ("runaway", "reward", "KL", "faulty"))
-        print(f"| {name} | {len(J)} | {J.mean():.0%} ± {half_width(J):.0%} | {np.median(J):.0%} | "
-              f"{runaways:.0%} | {reward:+.2f} | {kl:.2f} | {faulty:.1%} |")
+        row = (f"| {name} | {len(J)} | {J.mean():.0%} ± {half_width(J):.0%} | {np.median(J):.0%} | "
+               f"{runaways:.0%} | {reward:+.2f} | {kl:.2f} | {faulty:.1%} |")
+        print(row.replace("nan%", "–"))
     in_J, at_kl = {}, {}
     for claim, (ours, theirs) in CLAIMS.items():
         both = [(each[ours], each[theirs]) for each in pipelines if ours in each and theirs in each]
@@ -104,7 +105,7 @@ def main(folders):
             at_kl[claim] = np.array([at_equal_kl(a, b) for a, b in both])
     print("\n| claim | in J, points | | at equal KL, points | |\n" + "|---" * 5 + "|")
     in_J, at_kl = verdicts(in_J), verdicts(at_kl)
-    for claim in in_J:
+    for claim in (claim for claim in CLAIMS if claim in in_J):
         print(f"| {claim} | {in_J[claim]} | {at_kl[claim]} |")
 
 

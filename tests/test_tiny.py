@@ -54,6 +54,11 @@ def test_the_reward_rises_by_one_and_a_half_log_odds_within_four_nats(tiny):
     assert 0 < tiny.rows[-1]["kl"] <= 4
 
 
+def test_the_path_goes_out_and_does_not_come_back(tiny):
+    """With Adam's usual epsilon one checkpoint of 8 could lie at three times the last one's KL, or more."""
+    assert max(row["kl"] for row in tiny.rows) <= 1.5 * tiny.rows[-1]["kl"]
+
+
 def test_the_table_tells_the_gain_in_the_objective(tiny):
     """J = E r - beta KL at beta = .5, as a share of pi*'s."""
     with open(tiny.folder / "table.csv", newline="") as file:

@@ -47,7 +47,7 @@ class Reviews:
         return self.pick(np.flatnonzero(self.label >= 0))
 
     def shuffled(self, prompt_tokens, generator):
-        """In random order, the labeled ones first, without those that are not longer than a prompt."""
+        """Shuffled, labeled ones first; only reviews that are longer than a prompt."""
         order = torch.randperm(len(self), generator=generator).tolist()
         order = [i for i in order if len(self.ids[i]) > prompt_tokens]
         order.sort(key=lambda i: self.label[i] < 0)       # stable
@@ -56,7 +56,7 @@ class Reviews:
         return reviews
 
     def behind_stretches(self, T):
-        """Every stretch of T tokens as a review, then the reviews.  -> Reviews, the number of stretches"""
+        """Stretches of <= T tokens as reviews, then the reviews.  -> Reviews, the number of stretches"""
         pieces = [ids[i:i + T] for ids in self.ids for i in range(0, len(ids), T)]
         label = np.append(np.full(len(pieces), -1), self.label)
         prompt_length = np.append(np.ones(len(pieces), int), self.prompt_length)
@@ -84,7 +84,7 @@ def padded_rows(sequences, prompt_length, T, eos_id):
 
 IMDB_URL = "http://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"
 IMDB_SHA256 = "c40f74a18d3b61f90feba1e17730e0d38e8b97c05fde7008942e91923d1658fe"
-HIDDEN = r"(?!\.[^/]|__MACOSX)"                            # what an operating system adds is no review
+HIDDEN = r"(?!\.[^/]|__MACOSX)"                            # skips files that operating systems add
 IMDB_MEMBER = re.compile(rf"(?:{HIDDEN}[^/]*/)*(train|test)/(pos|neg|unsup)/{HIDDEN}[^/]+\.txt")
 
 
@@ -116,7 +116,7 @@ def imdb_archives(paths):
 
 
 def load_imdb(paths, sha256, encoding):
-    """IMDB's reviews as ids -> {"train": Reviews, "test": Reviews}.  They are tokenized once, and kept."""
+    """IMDB's reviews as ids -> {"train": Reviews, "test": Reviews}.  Tokenized once, then cached."""
     key = hashlib.sha256(repr([encoding.name, *sha256]).encode()).hexdigest()[:16]
     kept = cache_folder() / f"imdb-{key}.pt"
     if not kept.exists():
@@ -137,7 +137,7 @@ def load_imdb(paths, sha256, encoding):
 
 def gpt2_encoding(vocab_size=50_256):
     """GPT-2's tokenizer, or its first merges, which are a tokenizer by themselves; then end-of-text."""
-    whole = tiktoken.get_encoding("gpt2")                 # TIKTOKEN_CACHE_DIR where there is no network
+    whole = tiktoken.get_encoding("gpt2")                 # offline: set TIKTOKEN_CACHE_DIR
     ranks = {token: rank for token, rank in whole._mergeable_ranks.items() if rank < vocab_size}
     return tiktoken.Encoding(f"gpt2-{vocab_size}", pat_str=whole._pat_str, mergeable_ranks=ranks,
                              special_tokens={"<|endoftext|>": vocab_size})
@@ -246,7 +246,7 @@ def load_tiny(n_train, n_test, encoding):
 #     {"prompt": "...", "chosen": "...", "rejected": "..."}
 #     {"prompt": "...", "responses": ["...", ...], "rewards": [0.3, ...]}    K of each, the same K in all rows
 #
-# Prompt and response are tokenized separately, and joined as they stand: begin a response with its space.
+# Prompt and response are tokenized separately, and joined as they are: start each response with a space.
 
 @dataclass
 class Preference:
@@ -295,9 +295,9 @@ def read_preferences(path, encoding, prompt_tokens, new_tokens):
             split[each.split].append(each)
     equal = len(preferences) - len(split["train"]) - len(split["test"])
     if equal:
-        print(f"{path}: {equal:,} rows are left out: best and worst response are equal as far as they go")
+        print(f"{path}: {equal:,} rows are left out: best and worst response are equal once cut")
     if min(map(len, split.values())) < 2:
-        raise UserError(f"{path}: too few prompts to hold a tenth of them out: add more")
+        raise UserError(f"{path}: too few prompts to hold out a tenth: add more")
     return split, prompt_tokens, new_tokens
 
 
@@ -329,7 +329,7 @@ def user_judge(judge):
     def function():
         same_name = [module for module in sys.modules if (folder / f"{module}.py").exists()]
         ours = {module: sys.modules.pop(module) for module in same_name}
-        sys.path.insert(0, str(folder))                   # it may import what lies next to it, as data.py
+        sys.path.insert(0, str(folder))                   # it may import its neighbors, even a data.py
         try:
             return runpy.run_path(path)[name]
         finally:

@@ -96,7 +96,7 @@ def supported(ess):
 def limit_curve(reward, judged=None, betas=BETAS):
     """The limit over beta, as far as the samples support it.  (P, M) -> {beta, reward, kl, log_z: (n,)}
 
-    judged: see `optimum`; then it is the limit of what sees only the reward model.
+    judged: see `optimum`; then the limit when only the reward model is known.
     """
     curve = {"beta": [], "reward": [], "kl": [], "log_z": []}
     for beta in betas:
@@ -131,7 +131,7 @@ def share_of_objective(beta, reward, kl, start, limit_reward, judged=None):
 # ---- other measures ---------------------------------------------------------------------------------------
 
 def best_of_n(reward, n, judged=None):
-    """The best of n responses, over M // n choices of n.  (P, M) -> the upper bound of its KL, its reward
+    """The best of n responses, over M // n groups of n.  (P, M) -> an upper bound on its KL, its reward
 
     judged: (P, M), the judge's rewards of the same responses, where `reward` is a reward model's.
     """

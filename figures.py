@@ -1,4 +1,4 @@
-"""Figures, table and samples of a run folder:  python figures.py runs/tiny
+"""Figures and table of a run folder:  python figures.py runs/tiny
 
 frontier.png: reward against KL, the limit, best-of-n (paper, Figure 2).  accuracy.png: Figure 7.  curves.png:
 reward on the way and its spread (Figure 8).  density.png: pi / pi_sft against log pi_sft (Figures 3, 9).
@@ -34,7 +34,7 @@ KL_AXIS = "KL$(\\pi \\,\\|\\, \\pi_{sft})$, nats per response"
 
 
 def look(name):
-    """How a line is drawn: its color says the method, its style what that learns from."""
+    """How a line is drawn: color for the method, style for what it learns from."""
     method = name.split("-")[0]
     style = "--"                                          # pairs
     if "rounds" in name:
@@ -106,7 +106,7 @@ def draw(run):
 def frontier(axes, groups, sampled, path):
     """Figure 2: reward against KL.  All lines begin at (0, 0): pi_sft.  sampled: of `stages.limit`
 
-    Best of n is drawn by the reward model, as in the paper, where there is one; the csv has both.
+    With a reward model, only its best of n is plotted, as in the paper; the csv has both.
     """
     reward = sampled["reward"]                                                  # (P, M)
     lines = {"the limit": evaluate.limit_curve(reward), "best of n": best_of(reward)}
@@ -172,7 +172,7 @@ def table(run, groups, sampled):
         settings = read_json(folder / "stage.json")["settings"]
         samples = read_tensors(folder / "samples.safetensors")
         first, *_, last = read_csv(folder / "eval.csv")
-        beta = settings["beta_pi"] * settings.get("beta_r", 1)                  # from pairs beta_pi alone
+        beta = settings["beta_pi"] * settings.get("beta_r", 1)                  # pairs: beta_pi alone
         measured = beta, samples["reward"], samples["kl"], before["reward"]
         share, se, model_share = math.nan, math.nan, math.nan
         if run.cfg.judge_is_reward:
@@ -187,7 +187,7 @@ def table(run, groups, sampled):
             "wins_sft": evaluate.win_rate(samples["reward"], before["reward"]),
             "wins_data": evaluate.win_rate(samples["reward"], before["data_reward"][:, None])})
     write_csv(run.folder / "table.csv", rows)
-    print(f"\npi_sft: reward {first['reward']:.2f}.  After alignment (–: too few samples to tell):\n"
+    print(f"\npi_sft: reward {first['reward']:.2f}.  After alignment (–: cannot be measured here):\n"
           f"{'':28} {'reward':>13} {'KL':>6}  share of J*  KL/limit's  wins: pi_sft  data")
     for row in rows:
         line = (f"{row['run']:28} {row['reward']:6.2f} ± {row['reward_se']:.2f} {row['kl']:6.2f} "

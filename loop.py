@@ -60,7 +60,7 @@ def muon(gpt):
 
 
 def cosine(step, steps):
-    """The factor of the peak learning rate: a cosine from 1 to 0."""
+    """The learning rate over its peak: a cosine from 1 to 0."""
     return 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
@@ -126,8 +126,8 @@ def update(optimizers, lr, sums, where):
 
 # ---- several processes, a GPU each:  torchrun --nproc_per_node=4 -- train.py --method exo ---------------
 #
-# Every process runs the same program and holds the same weights.  They share the rows of a training batch,
-# whose gradients are added up, and the chunks of a sampling.  So the number of processes changes the time
+# Every process runs the same program and holds the same weights.  They split the rows of a training batch,
+# whose gradients are added up, and the chunks to sample.  So the number of processes changes the time
 # and, up to rounding, nothing else.  Process 0 writes the files and prints.
 
 WORLD, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))      # set by torchrun
@@ -153,7 +153,7 @@ def writes():
 
 
 def my_chunk(number):
-    """Whether this process takes this chunk of a sampling."""
+    """Whether this process samples this chunk."""
     return number % WORLD == RANK
 
 
@@ -188,10 +188,10 @@ def barrier():
         dist.barrier()
 
 
-# ---- a loop that goes on where it stopped -------------------------------------------------------------
+# ---- a loop that resumes where it stopped -------------------------------------------------------------
 
 def resumable(folder, state, steps, title):
-    """Yields the steps still to do; saves twenty times on the way, and after the last.
+    """Yields the steps still to do; saves about every 5%, and after the last.
 
     state: {name: object with state_dict() and load_state_dict()}.
     """
@@ -261,8 +261,8 @@ def begin(folder, settings):
     for name, value in json.loads(json.dumps(settings)).items():
         was = stage["settings"].get(name)
         if was != value:
-            raise UserError(f"{folder} was made with {name} = {was} (now {value}): name another folder by "
-                            f"--run, tell alignments apart by --label, or remove {folder}")
+            raise UserError(f"{folder} was made with {name} = {was} (now {value}): use a new folder with "
+                            f"--run, give the alignment a --label, or remove {folder}")
     return stage["finished"]
 
 
@@ -282,7 +282,7 @@ def lock(folder):
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise UserError(f"{folder} is in use by another process: wait for it, or name another folder by "
+        raise UserError(f"{folder} is in use by another process: wait for it, or use a new folder with "
                         "--run") from error
     except (AttributeError, OSError):                     # Windows, or a file system without locks
         print(f"{folder} cannot be locked here: do not start a second run in it")
@@ -291,7 +291,7 @@ def lock(folder):
 
 @contextlib.contextmanager
 def atomic(path, mode="wb"):
-    """Opens a file that takes the name `path` only when it is whole."""
+    """Opens a file that gets the name `path` only once complete."""
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part") if writes() else Path(os.devnull)
     if writes():
@@ -375,7 +375,7 @@ def fetch(url, name, sha256=None):
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)    # whole, or not at all
         except (OSError, http.client.HTTPException, RuntimeError) as error:
-            raise UserError(f"cannot download {url} to {path} (or to $EXO_CACHE): {error}") from error
+            raise UserError(f"cannot download {url} to {path} (see $EXO_CACHE): {error}") from error
     barrier()
     return path
 

@@ -1,7 +1,7 @@
 """GPT-2 in one file: transformer, scalar head, log-probs, sampling with a key-value cache, weights on disk.
 
 Pre-norm, learned positions, tanh-GELU, tied head, no dropout.  Parameters carry OpenAI's names, so released
-weights load by equal names and transformers opens a saved folder as the same model.  A row of ids is a
+weights load by name, and transformers opens a saved folder as the same model.  A row of ids is a
 prompt, one contiguous response, then padding.  Padding is on the right, so causal attention never sees it and
 positions are 0..T-1.  N rows, T tokens, C channels, H heads, D = C / H, V vocabulary.
 """
@@ -37,7 +37,7 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x, cache, layer):
-        """(N, T, C) -> (N, T, C), each token attending to those before it; cache: None, or a `Cache`."""
+        """(N, T, C) -> (N, T, C), each token sees itself and the past; cache: None, or a `Cache`."""
         N, T, C = x.shape
         qkv = self.c_attn(x).view(N, T, 3, self.n_head, -1)                 # (N, T, 3C) -> (N, T, 3, H, D)
         qkv = qkv.transpose(1, 3)                                           # (N, H, 3, T, D)
@@ -122,7 +122,7 @@ class GPT(nn.Module):
         return gpt
 
     def cut(self, vocab_size):
-        """Drops the rows beyond a tokenizer's: some weights are padded.  -> itself"""
+        """Drops embedding rows past vocab_size: some are padding.  -> itself"""
         self.wte = nn.Embedding.from_pretrained(self.wte.weight[:vocab_size].detach(), freeze=False)
         self.config.vocab_size = len(self.wte.weight)
         return self
@@ -198,7 +198,7 @@ def token_logprob(model, ids, mask, temperature=1.0):
 class HeadLogprob(torch.autograd.Function):
     """log softmax(h W^T)[y] of M rows, `rows` of them at a time.  h (M, C), W (V, C), target y (M,) -> (M,)
 
-    Backward makes a chunk's logits again and, with the log-sum-exp that forward kept, the probabilities p:
+    Backward recomputes a chunk's logits and, with the log-sum-exp that forward kept, the probabilities p:
         d/dh = W_y - p W,        d/dW = (onehot(y) - p)^T h,        times each row's incoming gradient g.
     Written by hand, because torch.utils.checkpoint holds a (V, C) gradient per chunk, which makes a step's
     memory 2 to 3 times as large.
@@ -287,11 +287,11 @@ class Cache:
 
 @torch.no_grad()
 def generate(model, prompt_ids, max_new_tokens, temperature=1.0, eos_id=None, generator=None, uniform=None):
-    """Samples a response to each prompt from softmax(logits / temperature).  -> ids, mask: (N, T) int64, bool
+    """Samples a response to each prompt from softmax(logits / temperature).  -> ids, mask: (N, t) int64, bool
 
     prompt_ids: (N, T0) tensor, or a list of N id lists of any lengths.  A response starts right after its own
     prompt and ends with eos_id, which its mask includes, or at max_new_tokens; then comes eos_id (0 if None).
-    Each token takes one uniform number, whatever other rows do: of uniform, (N, max_new_tokens), or of the
+    Each token takes one uniform number, whatever other rows do: from uniform (N, max_new_tokens) or the
     generator (CPU).
     """
     device = model.wte.weight.device
@@ -310,7 +310,7 @@ def generate(model, prompt_ids, max_new_tokens, temperature=1.0, eos_id=None, ge
     uniform = uniform.to(device)
     row = torch.arange(len(prompts), device=device)                         # (n,) the rows still going
     ended = torch.zeros_like(row, dtype=torch.bool)                         # (n,) those that ended meanwhile
-    with model.precision():                         # around all: weights are cast once
+    with model.precision():                         # one scope: weights are cast once
         cache = Cache(lengths, T, device)
         hidden = model.hidden(prompt, cache)[row, cache.length - 1]         # (N, T0, C) -> (N, C)
         for t in range(max_new_tokens):

@@ -1,7 +1,7 @@
 """PPO for the alignment objective  J(pi) = E r - beta KL(pi || pi_sft)  of the EXO paper (arXiv 2402.00856).
 
 Where EXO and DPO fit pi* on responses drawn once from pi_sft, PPO climbs J itself (Eq 4), on fresh responses.
-A response is an episode, a token an action.  J's KL as a sum over tokens gives a reward to each token,
+A response is an episode, a token an action.  J's KL, summed over tokens, gives each token a reward,
 
     R_t = -beta (log pi_old(y_t|x, y_<t) - log pi_sft(y_t|x, y_<t))  +  r(x, y) at the response's last token,
 
@@ -20,7 +20,7 @@ Kept:
 
  1. KL in the token reward, by the plain log-ratio (N, DS, TRL).  It is what makes J the objective.
  2. A critic separate from the policy, from the reward model's weights (DS, TRL), with its own optimizer (DS).
- 3. The critic alone in the first iterations (EXO paper): a random V makes the policy gradient noise.  Same
+ 3. The critic alone in the first iterations (EXO paper): a wrong V makes the policy gradient noise.  Same
     without.
  4. Advantages whitened over the batch's response tokens (N, TRL; not DS), so that neither the step nor the
     gradient clip depends on the reward's scale.  Same without.
@@ -28,11 +28,11 @@ Kept:
     deviations of the returns (ours): same without.
  6. 4 passes over the responses (N, TRL; DS once), in minibatches (ours; N: one): 2 passes 93 to 94%, one step
     78 to 81%.
- 7. Adam's eps 1e-5 (N), set where the optimizers are made: the first steps do not divide by almost 0.  Same
+ 7. Adam's eps at least 1e-5 (N), set by the caller: the first steps do not divide by almost 0.  Same
     with 1e-8.
- 8. Log-probs under the sampling temperature in pi, pi_old and pi_sft (N, TRL; not DS), as was sampled.
+ 8. Log-probs under the sampling temperature in pi, pi_old and pi_sft (N, TRL; not DS), as sampled.
  9. log pi_old by training's function, not the sampler's (N, TRL): rho is 1 at first.  No dropout (N).
-10. No value past the end, nor past the length cap's cut: the reward has scored the cut text already.
+10. No value past the end, or past the length cap: the reward has already scored the cut text.
 
 Dropped, because they change the objective under which the methods are compared, or have to be balanced:
 
@@ -55,7 +55,7 @@ from model import respond, token_logprob, trim
 
 
 def token_rewards(logp, ref_logp, reward, mask, beta):
-    """R_t of the module's head.  logp, ref_logp (N, T) in nats, reward (N,), mask (N, T) -> (N, T)
+    """R_t as defined above.  logp, ref_logp (N, T) in nats, reward (N,), mask (N, T) -> (N, T)
 
     The sum of a row is reward - beta * (log pi(y|x) - log pi_sft(y|x)).
     """
@@ -65,11 +65,11 @@ def token_rewards(logp, ref_logp, reward, mask, beta):
 
 
 def gae(rewards, values, mask, gamma=1.0, lam=0.95):
-    """Generalised advantage estimation (arXiv 1506.02438, Eq 16).  (N, T) x3 -> advantages, returns (N, T)
+    """Generalized advantage estimation (arXiv 1506.02438, Eq 16).  (N, T) x3 -> advantages, returns (N, T)
 
     values[:, t] is V before token t.  lam = 1: reward-to-go minus value, unbiased for any V; 0: TD error.
-    gamma = 1  # N, DS, TRL: J does not discount
-    lam = 0.95  # N, DS, TRL: a little bias for less variance; on tests/enumerable.py lam = 1 does as well
+    gamma = 1: N, DS, TRL; J does not discount.
+    lam = 0.95: N, DS, TRL; a little bias for less variance.  On tests/enumerable.py lam = 1 does as well.
     """
     rewards = rewards.where(mask, 0.0)
     values = values.where(mask, 0.0)                                 # V past the end is 0 (detail 10)
@@ -94,8 +94,8 @@ def policy_loss(logp, old_logp, advantages, mask, clip=0.2):
     """Clipped policy loss (arXiv 1707.06347, Eq 7), summed over the mask.  (N, T) x4 -> {name: sum}, tokens
 
     At logp = old_logp its gradient is the policy gradient, -sum A_t grad logp_t.
-    clip = 0.2  # paper, N, DS, TRL
-    approx_kl: KL(pi_old || pi) a token by rho - 1 - log rho, never negative; clip_fraction: beyond the clip.
+    clip = 0.2: paper, N, DS, TRL.
+    approx_kl: KL(pi_old || pi) per token, rho - 1 - log rho >= 0; clip_fraction: beyond the clip.
     """
     log_ratio = (logp - old_logp)[mask]                              # (N, T) -> (M,)
     A = advantages[mask]                                             # (N, T) -> (M,)
@@ -165,7 +165,7 @@ def iteration(policy, ref, critic, policy_optimizer, critic_optimizer, reward, p
     policy, ref: GPT; critic: ScalarGPT; prompts, reward as in `rollout`; optimizers: AdamW.
     policy_lr, critic_lr: this iteration's; the schedule is the caller's.  critic_only: see detail 3.
     value_clip: in standard deviations of the returns (detail 5), math.inf for none.
-    micro_batch: rows at a time in an update, 0 for all; sample_batch: in sampling: memory, not results.
+    micro_batch, sample_batch: rows at once in an update (0: all) and in sampling; memory, not results.
     generator (CPU): the only source of randomness, first for the responses, then for the minibatches.
     -> {name: float}: reward, kl (log-ratio to pi_sft in nats per response), objective (J) and length of the
     responses, explained_variance of the critic, all before the updates; the others are means over updates.

@@ -1,7 +1,7 @@
 """The settings: one table of defaults, their origins, and the stages that depend on them; the presets.
 
-A run's settings are Config's defaults, which are the tiny preset, then the preset's own, and the command
-line's flags: the later ones win.
+A run starts from Config's defaults, the tiny preset.  A preset overrides those, and the command line's flags
+override both.
 """
 import argparse
 import math
@@ -22,11 +22,12 @@ def opt(default, stages, help, choices=None):
     return field(default=default, metadata=metadata)
 
 
-PAIRS, SCORED = "exo dpo", "exo-rw dpo-rw"                            # alignments, by what they learn from
-COMPARE = f"{PAIRS} {SCORED} xpo"                                     # those that compare responses
+SCORED = ("exo-rw", "dpo-rw")                                         # they learn from rewards of K responses
+PAIRS, REWARDS = "exo dpo", " ".join(SCORED)                          # alignments, by what they learn from
+COMPARE = f"{PAIRS} {REWARDS} xpo"                                    # those that compare responses
 ALIGN = f"{COMPARE} ppo"
-SAMPLED = f"responses reward_model {PAIRS} {SCORED} ppo"              # what follows from pi_sft's responses
-MODELED = f"reward_model {SCORED} ppo"                               # the reward model, and what climbs it
+SAMPLED = f"responses reward_model {PAIRS} {REWARDS} ppo"             # what follows from pi_sft's responses
+MODELED = f"reward_model {REWARDS} ppo"                              # the reward model and its users
 EVALUATED = f"reference {ALIGN}"
 ALL = f"sft oracle responses reward_model limit {EVALUATED}"          # every stage
 
@@ -44,23 +45,23 @@ class Config:
     smoke: bool = opt(False, "", "all stages at a toy size: does it run from end to end?")
     micro_batch: int = opt(0, "", "rows at once in training, 0: whole batches; memory, not results [ours]")
     sample_batch: int = opt(1024, "", "rows at once in sampling; memory, not results [ours]")
-    pipeline: int = opt(0, ALL, "repeats everything with other random numbers [ours]")
+    pipeline: int = opt(0, ALL, "repeats everything with new random numbers [ours]")
     # reviews
     data: str = opt("tiny", ALL, "tiny: a built-in grammar; imdb; or your preferences, a .jsonl file")
     imdb: list[str] = opt([], "", "IMDB's archives; default: download once")
     tokenizer: str = opt("tiny", ALL, "tiny: the grammar's words, bytes; gpt2; gpt2-4096: its first 4,096")
     sft_reviews: int = opt(60_000, ALL, "training reviews [official code: 25,000]")
-    prompt_tokens: int = opt(6, ALL, "first tokens of a review that make a prompt [official code: 10]")
+    prompt_tokens: int = opt(6, ALL, "tokens of a review used as its prompt [official code: 10]")
     new_tokens: int = opt(66, ALL, "longest response, in tokens [official code: 500]")
     # model
     init: str = opt("", ALL, "start from gpt2, gpt2-medium, -large, -xl or a folder; default: from scratch")
     n_layer: int = opt(2, ALL, "layers, from scratch [ours]")
     n_head: int = opt(4, ALL, "attention heads, from scratch [ours]")
     n_embd: int = opt(64, ALL, "channels, from scratch [ours]")
-    temperature: float = opt(1.0, ALL, "divides all logits, in sampling, log-probs and KL [paper: 0.8]")
+    temperature: float = opt(1.0, ALL, "divides logits after SFT: sampling, log-probs, KL [paper: 0.8]")
     # before alignment
     sft_steps: int = opt(1200, ALL, "steps [paper: 5 epochs; ours from scratch]")
-    sft_stretches: int = opt(0, ALL, "first steps, on stretches of whole reviews, not beginnings [ours]")
+    sft_stretches: int = opt(0, ALL, "initial steps that use stretches of whole reviews [ours]")
     sft_batch: int = opt(64, ALL, "reviews per step [official code: 128]")
     sft_optimizer: str = opt("adamw", ALL, "muon: for the blocks' matrices [ours]", ["adamw", "muon"])
     sft_lr: float = opt(2e-3, ALL, "peak learning rate [official code: 1e-5; ours from scratch]")
@@ -68,40 +69,40 @@ class Config:
     oracle_batch: int = opt(64, ALL, "reviews per step [official code: 256]")
     scorer_lr: float = opt(1e-3, ALL, "peak rate of oracle, reward model, PPO's critic [official code: 1e-5]")
     prompts: int = opt(4096, f"{SAMPLED} xpo", "training prompts [official code: 25,000]")
-    responses: int = opt(4, SAMPLED, "of pi_sft to each prompt [paper: up to 8]")
+    responses: int = opt(4, SAMPLED, "from pi_sft per prompt [paper: up to 8]")
     labels: str = opt("bt", f"reward_model {ALIGN}", "how a pair's winner is found [official code: argmax]",
                       ["bt", "argmax"])
     rm_steps: int = opt(800, MODELED, "steps [official code: 3 epochs]")
     rm_responses: int = opt(2, MODELED, "responses to a prompt whose pairs it learns from [paper: 2]")
     rm_batch: int = opt(32, MODELED, "prompts per step, with all their pairs [official code: 128 pairs]")
     # alignment
-    align_steps: int = opt(400, f"{PAIRS} {SCORED}", "steps of EXO and DPO [paper: one epoch]")
+    align_steps: int = opt(400, f"{PAIRS} {REWARDS}", "steps of EXO and DPO [paper: one epoch]")
     align_batch: int = opt(32, COMPARE, "prompts per step of EXO, DPO and XPO [paper: 64]")
     align_lr: float = opt(3e-4, f"{PAIRS} xpo", "peak learning rate of EXO, DPO and XPO [paper: 1e-6]")
-    rw_lr: float = opt(1.5e-4, SCORED, "peak learning rate of -rw [paper: 1e-6]")
-    adam_eps: float = opt(1e-2, ALIGN, "Adam's epsilon of the policy [official code: 1e-8], see results")
+    rw_lr: float = opt(1.5e-4, REWARDS, "peak learning rate of -rw [paper: 1e-6]")
+    adam_eps: float = opt(1e-2, ALIGN, "the policy's Adam epsilon [official code: 1e-8]; see results")
     beta_pi: float = opt(0.5, ALIGN, "scales the log-ratio; DPO's beta on pairs [official code: 0.1]")
-    beta_r: float = opt(1.0, f"{SCORED} ppo", "divides the reward; beta = beta_pi beta_r [official: 0.1]")
+    beta_r: float = opt(1.0, f"{REWARDS} ppo", "divides the reward; beta = beta_pi beta_r [official: 0.1]")
     eps: float = opt(1e-3, "exo", "label smoothing of EXO's pairs [paper]")
-    reward: str = opt("model", f"{SCORED} ppo", "the reward that -rw and PPO maximize [paper: model]",
+    reward: str = opt("model", f"{REWARDS} ppo", "the reward that -rw and PPO maximize [paper: model]",
                       ["model", "oracle"])
-    num_candidates: int = opt(4, SCORED, "K, responses per prompt of -rw [paper: up to 8]")
-    rounds: int = opt(1, SCORED, "times that -rw draws responses, from the present policy [paper: 1]")
-    round_prompts: int = opt(0, f"{SCORED} xpo", "prompts per round; 0: --prompts / rounds [ours]")
+    num_candidates: int = opt(4, REWARDS, "K, responses per prompt of -rw [paper: up to 8]")
+    rounds: int = opt(1, REWARDS, "times that -rw draws responses, from the current policy [paper: 1]")
+    round_prompts: int = opt(0, f"{REWARDS} xpo", "prompts per round; 0: --prompts / rounds [ours]")
     ppo_steps: int = opt(80, "ppo", "PPO's iterations [ours]")
     ppo_batch: int = opt(64, "ppo", "prompts per iteration, one response each [paper: tuned, not given]")
     ppo_lr: float = opt(1e-3, "ppo", "PPO's peak learning rate [paper: tuned, not given]")
     xpo_rounds: int = opt(4, "xpo", "rounds of XPO [XPO's experiment: 3]")
-    alpha: float = opt(0.003, "xpo", "XPO's bonus, times beta_pi [ours]; 0 is online DPO")
+    alpha: float = opt(0.003, "xpo", "XPO's alpha / beta_pi [ours]; 0 is online DPO")
     # evaluation
-    checkpoints: int = opt(8, ALIGN, "evaluations on the way, evenly spaced in the root of the step [ours]")
+    checkpoints: int = opt(8, ALIGN, "evaluations on the way, evenly spaced in sqrt(step) [ours]")
     eval_prompts: int = opt(256, EVALUATED, "prompts of evaluation [paper: 512]")
     eval_split: str = opt("test", f"limit {EVALUATED}", "whose prompts; train: to choose settings [ours]",
                           ["test", "train"])
-    judge: str = opt("", f"limit {EVALUATED}", "FILE.py:NAME, the reward that evaluates; default: the oracle")
+    judge: str = opt("", f"limit {EVALUATED}", "FILE.py:NAME, evaluation's reward; default: as for labels")
     eval_samples: int = opt(4, EVALUATED, "responses to each [paper]")
     limit_prompts: int = opt(32, "limit", "how many of the evaluation prompts the limit uses [ours]")
-    limit_responses: int = opt(1024, "limit", "responses of pi_sft each [ours]")
+    limit_responses: int = opt(1024, "limit", "responses per prompt [ours]")
 
     @property
     def own(self):

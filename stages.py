@@ -3,8 +3,8 @@
     reviews -> pi_sft -> responses to each prompt, with log pi_sft and oracle reward -> pairs -> reward model
        '-----> oracle -----^
 
-A file of preferences (--data) brings its own responses and has no oracle: a reward model of its pairs judges.
-Each stage leaves a folder, and is read and not run again while the settings are the same.
+A preference file (--data) brings its own responses and no oracle: a reward model of its pairs is the judge.
+Each stage leaves a folder.  With the same settings it is read, not run again.
 """
 import functools
 import math
@@ -36,7 +36,7 @@ class Run:
             self.device = join_processes(torch.device(device))
             torch.zeros(1, device=self.device)
         except (RuntimeError, AssertionError) as error:
-            raise UserError(f"--device {device} is not here: {str(error).splitlines()[0]}") from error
+            raise UserError(f"--device {device} unavailable: {str(error).splitlines()[0]}") from error
         self.bf16 = self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         if self.device.type == "cuda":
             torch.set_float32_matmul_precision("high")    # TF32 for the heads' float32 products
@@ -75,7 +75,7 @@ class Run:
         return self.folder / name, begin(self.folder / name, settings)
 
     def refuse_changes(self):
-        """UserError if a stage before alignment is there, made with other settings."""
+        """UserError if a stage before alignment was made with other settings."""
         for path in self.folder.glob("*/stage.json"):
             if path.parent.name in STAGES:
                 self.begin(path.parent.name, *STAGES[path.parent.name])
@@ -133,7 +133,7 @@ def open_run(folder):
     path = Path(folder) / "config.json"
     settings = read_json(path) if path.exists() else {}
     if "preset" not in settings:
-        raise UserError(f"{folder} is not a run's folder: train.py makes one")
+        raise UserError(f"{folder} is not a run folder: train.py makes one")
     run = Run(Config(**settings | {"run": str(folder), "device": ""}))
     made = read_json(run.folder / "sft" / "stage.json")["settings"]
     run.bf16, run.sources = made["bf16"], {name: made[name] for name in ("data", "imdb", "init")}
@@ -196,7 +196,7 @@ def sft(run, folder):
     gpt = GPT.from_pretrained(cfg.init).cut(config.vocab_size) if cfg.init else GPT(config)
     if gpt.config.block_size < run.T or gpt.config.vocab_size != run.encoding.n_vocab:
         has = f"{gpt.config.block_size} positions and {gpt.config.vocab_size:,} tokens"
-        raise UserError(f"--init {cfg.init} has {has}, {run.T} and {run.encoding.n_vocab:,} are needed: "
+        raise UserError(f"--init {cfg.init} has {has} but needs {run.T} and {run.encoding.n_vocab:,}: "
                         "see --new-tokens and --tokenizer")
     gpt.to(run.device).bf16 = run.bf16
     train, test, n = run.reviews["train"].first(cfg.sft_reviews), run.reviews["test"].first(1000), 0
@@ -257,7 +257,7 @@ def labeler(run):
 def winners(run, reward, pairs, *names):
     """Which of a pair wins: the higher reward, or a Bradley-Terry draw.  (P, K), (2, n) -> (P, n), 0 or 1
 
-    pairs: two rows of columns of reward.  The same names draw the same winners.
+    pairs: two rows of indices into K.  The same names draw the same winners.
     """
     first, second = reward[:, pairs[0]], reward[:, pairs[1]]                             # (P, n) each
     if run.cfg.labels == "argmax":                        # official code: no noise
@@ -275,7 +275,7 @@ def reward_model(run, folder):
 
     It learns from all pairs of a prompt's first `rm_responses` responses; the first pair is alignment's.
     Pairs leave the reward's shift and scale free: it is shifted to mean 0 and scaled to the oracle's standard
-    deviation within prompts, both on the responses to *training* prompts.  A file of pairs has no scale.
+    deviation within prompts, both on the responses to *training* prompts.  A user's file keeps scale 1.
     """
     cfg, R = run.cfg, run.cfg.rm_responses
     sampled = read_tensors(responses(run) / "responses.safetensors")
@@ -322,7 +322,7 @@ def score_rows(run, scorer, ids, mask):
 
 @torch.no_grad()
 def score_all(run, scorer, sampled):
-    """The same of all stored responses, on the CPU.  -> (P, K)"""
+    """Scores of all stored responses, on the CPU.  -> (P, K)"""
     parts = zip(sampled["ids"].split(16), sampled["mask"].split(16))
     return torch.cat([score_rows(run, scorer, *part).cpu() for part in parts])
 
@@ -341,7 +341,7 @@ def judge(run):
     if not run.cfg.judge:
         return reward_function(run, labeler(run))
     rewards_of = data.user_judge(run.cfg.judge)
-    rewards_of([run.encoding.decode(run.prompts("evaluated", 1)[0])], [""])              # before all work
+    rewards_of([run.encoding.decode(run.prompts("evaluated", 1)[0])], [""])              # fail early
 
     def reward(ids, mask):
         prompt_length = mask.int().argmax(1).tolist()                                    # (N,)
@@ -392,7 +392,7 @@ def sample_responses(run, policy, prompts, each, generator, measure):
 
 @torch.no_grad()
 def own_responses(run, policy, split):
-    """The file's responses in the same form, the best first; the rewards of a pair are 1 and 0."""
+    """The file's responses as `responses` stores them, best first; a pair's rewards: 1 and 0."""
     preferences = run.preferences[split]
     flat = [(each.prompt + response, len(each.prompt)) for each in preferences for response in each.responses]
     ids, mask = data.padded_rows(*zip(*flat), run.T, run.eos_id)                         # (P K, t), (P K, t)
@@ -404,7 +404,7 @@ def own_responses(run, policy, split):
 
 
 def implicit(run, policy, ref):
-    """How often beta_pi h ranks a file's held-out best response above the worst.  -> {name: float}"""
+    """How well beta_pi h ranks a file's held-out best response above the worst.  -> {name: float}"""
     logp, ref_logp = (own_responses(run, gpt, "test")["ref_logp"] for gpt in (policy, ref))      # (P, K)
     h = run.cfg.beta_pi * (logp - ref_logp)                                              # (P, K)
     return {"held_out_accuracy": float(wins(h[:, 0], h[:, 1]).mean()),
@@ -414,7 +414,7 @@ def implicit(run, policy, ref):
 def limit(run):
     """Rewards of many responses of pi_sft to prompts of evaluation.  -> {reward: (P, M)}
 
-    If a reward model exists besides the judge, then also its rewards of the same responses, model_reward.
+    With a reward model that is not the judge, also model_reward: its rewards of the same responses.
     """
     scores = {"reward": judge(run)}
     name = "limit"

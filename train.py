@@ -1,8 +1,8 @@
 """From reviews to aligned policies, by one command:  python train.py --method exo
 
-The stages of stages.py come first: pi_sft, oracle, responses, reward model.  Then the loops in this file
-align pi_sft and evaluate it on the way.  The figures and the table come last.  The same command given again
-goes on where it stopped.
+Stages (stages.py) run when first needed: pi_sft, oracle, responses, for some methods a reward model.  The
+loops in this file align pi_sft and evaluate it on the way.  The figures and the table come last.  The same
+command given again resumes where it stopped.
 
 EXO, DPO and XPO are one loop: they differ in whose responses are compared (`candidates`) and in one line of
 loss (`loss_of`).  PPO is `ppo.iteration` in a loop.
@@ -24,16 +24,14 @@ from loop import (
     Columns, Log, Sums, UserError, adamw, cosine, finish, lock, my_rows, read_tensors, resumable,
     shuffled_batch, update, write_json, write_tensors)
 from model import sequence_logprob, trim
-from settings import parse
-
-SCORED = ("exo-rw", "dpo-rw")                             # they learn from rewards of K responses
+from settings import SCORED, parse
 
 # ---- EXO, DPO, XPO ------------------------------------------------------------------------------------
 
 def loss_of(method, logp, c, cfg):
     """The line in which the methods differ.  -> scalar, the mean over b prompts
 
-    logp: (b, K), with gradient; c: the same rows of `candidates`, for pairs, the winner is in column 0.
+    logp: (b, K), with gradient; c: the same rows of `candidates`; in pairs, column 0 is the winner.
     """
     ref_logp, reward = c["ref_logp"], c["reward"]                                # (b, K) each
     if method == "exo":
@@ -44,7 +42,7 @@ def loss_of(method, logp, c, cfg):
         return exo_loss(logp, ref_logp, reward, cfg.beta_r, cfg.beta_pi)         # Eq 15
     if method == "dpo-rw":
         return dpo_reward_loss(logp, ref_logp, reward, cfg.beta_r, cfg.beta_pi)  # Eq 19
-    explore_logp = logp.gather(1, c["explore"][:, None]).squeeze(1)              # (b, 2) -> (b,) pi_sft's
+    explore_logp = logp.gather(1, c["explore"][:, None]).squeeze(1)              # (b,)  of pi_sft's response
     return xpo.xpo_loss(logp, ref_logp, explore_logp, cfg.beta_pi, cfg.alpha * cfg.beta_pi)
 
 
@@ -77,7 +75,7 @@ def align_by_comparison(run, alignment):
             c = {name: column[part].to(run.device) for name, column in compared.items()}
             ids, mask = trim(c["ids"].flatten(0, 1).long(), c["mask"].flatten(0, 1))     # (b K, t) x2
             logp = sequence_logprob(policy, ids, mask, cfg.temperature).view(-1, K)      # (b, K)
-            loss = loss_of(method, logp, c, cfg) * len(part)
+            loss = loss_of(method, logp, c, cfg) * len(part)                     # a sum: `update` divides
             loss.backward()
             sums.add(len(part), loss=loss, **implicit_rewards(logp.detach(), c, cfg.beta_pi))
         lr = (cfg.rw_lr if method in SCORED else cfg.align_lr) * cosine(step, len(schedule))
@@ -98,10 +96,10 @@ def implicit_rewards(logp, c, beta_pi):
 def candidates(run, alignment, t):
     """Round t's responses.  -> {ids, mask: (P, K, T), ref_logp, reward: (P, K)}, for XPO also explore: (P,)
 
-    The paper draws them once, from pi_sft: pairs, or K scored ones.  With --rounds T they are drawn T times,
-    from the present policy pi_t, which is then the loss's reference, and the KL to pi_sft is already
+    The paper draws them once, from pi_sft: pairs, or K scored ones.  With --rounds they are drawn in each
+    round, from the current policy pi_t, which is then the loss's reference, and the KL to pi_sft is already
     subtracted from the reward: R = r - beta (log pi_t - log pi_sft).  The optimum is pi*_beta in either case.
-    XPO pairs pi_t's response with pi_sft's.
+    XPO pairs pi_t's response with pi_sft's; explore says which column is pi_sft's.
     """
     cfg, method = run.cfg, alignment.method
     if method == "xpo":
@@ -110,7 +108,7 @@ def candidates(run, alignment, t):
         return fresh_responses(run, alignment, t)
     sampled = read_tensors(stages.responses(run) / "responses.safetensors")
     if method in SCORED and cfg.reward == "model" and not cfg.own:
-        sampled |= read_tensors(stages.reward_model(run) / "rewards.safetensors")
+        sampled |= read_tensors(stages.reward_model(run) / "rewards.safetensors")        # not the oracle's
     K = cfg.num_candidates if method in SCORED else 2
     first = {name: column[:, :K] for name, column in sampled.items()}                    # (P, K, ...)
     if method in SCORED:
@@ -137,15 +135,15 @@ def fresh_responses(run, alignment, t):
 
     def measure(ids, mask):                                                              # -> (n,) each
         logp, ref_logp = (sequence_logprob(gpt, ids, mask, cfg.temperature) for gpt in (policy, ref))
-        paid = reward(ids, mask) - cfg.beta_r * cfg.beta_pi * (logp - ref_logp)
-        return {"ref_logp": logp, "reward": paid}
+        shaped = reward(ids, mask) - cfg.beta_r * cfg.beta_pi * (logp - ref_logp)
+        return {"ref_logp": logp, "reward": shaped}                             # pi_t is the loss's reference
 
     generator = run.rng("rounds", alignment.seed, t)
     return stages.sample_responses(run, policy, prompts, cfg.num_candidates, generator, measure)
 
 
 def fresh_pairs(run, alignment, t):
-    """Algorithm 1: a response of pi_t and one of pi_sft to each prompt are a pair, labeled by the oracle."""
+    """Algorithm 1: a response of pi_t and one of pi_sft to each prompt are a pair; the labeler labels it."""
     cfg, seed, ref = run.cfg, alignment.seed, alignment.ref
     prompts = prompts_of_round(run, alignment, t, cfg.xpo_rounds)
     measure = stages.scored(run, ref, stages.labeler(run))
@@ -162,10 +160,10 @@ def align_by_ppo(run, alignment):
     """PPO at beta = beta_r beta_pi: the objective of the other methods."""
     cfg, seed = run.cfg, alignment.seed
     reward = stages.reward_function(run, alignment.rewarded_by)
-    critic = run.scorer(alignment.rewarded_by)
+    critic = run.scorer(alignment.rewarded_by)                       # it starts as the reward model
     critic_optimizer = adamw(critic.parameters(), eps=1e-5)
     prompts = run.prompts("train", cfg.prompts)
-    alone = cfg.ppo_steps // 8                                       # first iterations, of the critic alone
+    alone = cfg.ppo_steps // 8                                       # warm-up: only the critic trains
     for step in alignment.steps(cfg.ppo_steps, alone, critic=critic, critic_optimizer=critic_optimizer):
         index = shuffled_batch(step, cfg.ppo_batch, len(prompts), cfg.pipeline, "align", seed, 0)
         factor = cosine(step, cfg.ppo_steps)
@@ -190,7 +188,7 @@ class Alignment:
             name += f"-k{cfg.num_candidates}" + (f"-rounds{cfg.rounds}" if cfg.rounds > 1 else "")
         if cfg.label:
             name += f"-{cfg.label}"
-        for other in run.folder.glob("*-s*/stage.json"):           # figures average over seeds
+        for other in run.folder.glob("*-s*/stage.json"):           # refuses other settings of another seed
             if other.parent.name.rpartition("-s")[0] == name:
                 run.begin(other.parent.name, method)
         self.folder, self.finished = run.begin(f"{name}-s{seed}", method)
@@ -249,7 +247,7 @@ class Alignment:
 def align(run, method, seed):
     """Trains one alignment, unless it is there; its models leave the memory when it returns."""
     alignment = Alignment(run, method, seed)
-    write_json(run.folder / "config.json", vars(run.cfg))                        # now nothing refuses it
+    write_json(run.folder / "config.json", vars(run.cfg))                        # nothing has refused it
     if not alignment.finished:
         alignment.train()
 
@@ -261,7 +259,7 @@ def main(argv=None):
         with lock(run.folder):
             run.refuse_changes()
             if run.cfg.judge:
-                stages.judge(run)                                                # it fails now or never
+                stages.judge(run)                                                # a broken judge fails early
             for seed, method in itertools.product(run.cfg.seeds, run.cfg.method):
                 align(run, method, seed)
             figures.draw(run)

@@ -167,7 +167,7 @@ def test_a_stage_is_finished_once_and_refused_by_name_when_its_settings_have_cha
     finish(tmp_path / "a")
     assert begin(tmp_path / "a", {"lr": 0.1, "seeds": (0, 1)}) is True
     assert not (tmp_path / "a" / "resume.pt").exists()
-    with pytest.raises(UserError, match=r"a was made with lr = 0.1 \(now 0.2\): name another folder"):
+    with pytest.raises(UserError, match=r"a was made with lr = 0.1 \(now 0.2\): use a new folder"):
         begin(tmp_path / "a", {"lr": 0.2, "seeds": (0, 1)})
 
 

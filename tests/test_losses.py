@@ -206,7 +206,7 @@ X = torch.zeros(3, 2)
 
 
 @pytest.mark.parametrize("loss, tensors, settings, sentence", [
-    (exo_loss, (torch.zeros(4),) * 3, {}, r"logp must be \(B, K\), K = 2 for pairs and at least 2 else, got"),
+    (exo_loss, (torch.zeros(4),) * 3, {}, r"logp must be \(B, K\), K = 2 for pairs, K >= 2 otherwise, got"),
     (dpo_reward_loss, (torch.zeros(3, 1),) * 3, {}, r"got \(3, 1\)"),
     (exo_pref_loss, (torch.zeros(3, 3),) * 2, {}, r"got \(3, 3\)"),
     (dpo_loss, (X, torch.zeros(3)), {}, r"all must have logp's shape \(3, 2\), got \[\(3,\)\]"),

@@ -1,4 +1,4 @@
-"""A bandit with V arms per prompt: here the optimum, the KLs and every gradient are exact.
+"""A bandit with V arms per prompt: the optimum, the KLs and their gradients are exact.
 
 The responses to a prompt are V arms and a policy is a row of V log-probs, so expectations are sums.  The
 losses are those that train the language model (`exo_loss`, `dpo_loss`, ...).  This file adds the exact
@@ -234,7 +234,7 @@ def group_gradients(loss, bandit, logits, counts, beta_r, beta_pi):
 
     A group is given by how often it has each arm.  Equal candidates have equal probabilities, so c of them
     act as one candidate with log c added in both softmaxes, and K = 1024 costs no more than K = V.  For both
-    losses the gradient with respect to a group's log-probs sums to zero, so the logits have the same one.
+    losses the gradient in a group's log-probs sums to zero, so it is also the gradient in the logits.
     """
     B, G, V = counts.shape
     log_c = counts.clamp(min=1e-300).log()                # (B, G, V), -690 where the arm is absent

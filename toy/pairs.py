@@ -1,4 +1,4 @@
-"""300 preference pairs in which the warmer response won, and a judge:  python toy/pairs.py"""
+"""300 preference pairs in which the rejected response is never warmer, and a judge:  python toy/pairs.py"""
 import json
 import random
 

@@ -85,7 +85,7 @@ def merge(pairs, V, pairs_per_run):
 def argmin(history, start, ref_logp, beta, alpha, R_max, steps=80):
     """The rewards in [0, R_max]^V that minimize XPO's objective on each run's history, for S runs at once.
 
-    history: of `merge`; start: (S, V), the rewards of the round before; alpha: (S,).
+    history: from `merge`; start: (S, V), the last round's rewards; alpha: (S,).
     DPO's loss is convex in r.  The bonus is linear in r minus alpha log Z, and log Z is close to the highest
     log pi_sft + r / beta, so there is a minimum for each arm that can be the highest.  Adam, with a learning
     rate that falls to 0, starts from the round before and, for a shorter search, from all unseen arms at

@@ -140,13 +140,13 @@ IMDB_SMALL = IMDB | dict(                                 # ours: a small model 
     align_steps=200, align_lr=3e-5, rw_lr=3e-5, ppo_lr=3e-5,
     limit_responses=4096, sample_batch=1024, micro_batch=256)
 IMDB_MINI = IMDB_SMALL | dict(                            # ours: real reviews on a CPU
-    tokenizer="gpt2-4096", n_layer=4, n_head=4, n_embd=192, prompt_tokens=12, new_tokens=60, temperature=1.0,
-    sft_steps=5000, sft_stretches=3300, sft_batch=32, sft_optimizer="muon", sft_lr=3e-3,
-    oracle_steps=1600, oracle_batch=32, scorer_lr=5e-4,
-    prompts=9_600, labels="bt", rm_steps=800, rm_batch=16, rm_responses=6,
-    align_steps=300, align_batch=32, align_lr=5e-5, rw_lr=5e-5, beta_pi=0.75, beta_r=1.0,
-    ppo_steps=80, ppo_batch=64, ppo_lr=3e-5, xpo_rounds=4,
-    checkpoints=6, eval_prompts=256, limit_prompts=32, limit_responses=4096, micro_batch=0)
+    tokenizer="gpt2-4096", n_layer=4, n_head=4, n_embd=128, prompt_tokens=12, new_tokens=60, temperature=1.0,
+    sft_steps=3000, sft_stretches=2000, sft_batch=32, sft_optimizer="muon", sft_lr=3e-3,
+    oracle_steps=800, oracle_batch=32, scorer_lr=5e-4,
+    prompts=4_800, responses=4, labels="bt", rm_steps=400, rm_batch=32,
+    align_steps=150, align_batch=32, align_lr=1.5e-4, rw_lr=7.5e-5, adam_eps=1e-2, beta_pi=0.75, beta_r=1.0,
+    ppo_steps=40, ppo_batch=64, ppo_lr=6.25e-5, xpo_rounds=4,
+    checkpoints=3, eval_prompts=128, eval_samples=16, limit_prompts=128, limit_responses=512, micro_batch=0)
 PRESETS = {"tiny": {}, "imdb-mini": IMDB_MINI, "imdb-small": IMDB_SMALL, "imdb": IMDB,
            "imdb-large": IMDB | dict(init="gpt2-large", sample_batch=128, micro_batch=16)}
 OWN_DATA = dict(tokenizer="gpt2", labels="argmax", prompt_tokens=512, new_tokens=512, sft_stretches=0,

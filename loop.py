@@ -3,6 +3,7 @@
 A loop's random numbers depend on its step alone (`rng`), and `resumable` saves everything else.  So a run
 that was killed ends with the same bits as one that was not.
 """
+import atexit
 import contextlib
 import csv
 import hashlib
@@ -141,6 +142,7 @@ def join_processes(device):
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    atexit.register(dist.destroy_process_group)           # else gloo's threads may abort a process that ends
     if not writes():
         sys.stdout = open(os.devnull, "w")
         tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)

@@ -223,6 +223,7 @@ class Alignment:
                 self.write_evaluation(step + 1, samples)
 
     def write_evaluation(self, step, samples):
+        """A row of eval.csv, printed too.  samples: of `stages.evaluation`; the last ones stay on disk"""
         row = summary(samples, self.run.eos_id)
         if self.run.cfg.data == "tiny":
             texts = stages.texts(self.run, samples["ids"], samples["mask"])

@@ -3,8 +3,9 @@
 Everything is a gain over pi_sft's.  J = E r - beta KL is in percent of what pi*_beta gains.  "At equal KL"
 is reward where each path first reaches the smaller final KL, in percent of the limit's.
 seen: the 95% t interval excludes 0, and the exact sign-flip test with Holm's correction rejects.
-equal: the 90% t interval lies within 5 points of 0.  undecided: about how many more pipelines would decide,
-if mean and spread stay as they are.
+the opposite: the same with the other sign.  equal: the 90% t interval lies within 5 points of 0.  undecided:
+neither; the number says about how many more pipelines would decide, if mean and spread stay as they are.
+A runaway ends at more than 1.5 times pi*_beta's KL.
 """
 import csv
 import itertools
@@ -14,19 +15,17 @@ from pathlib import Path
 
 import numpy as np
 
-CLAIMS = [                                                # named before the runs
-    ("EXO above DPO, from pairs", "exo", "dpo"),
-    ("EXO above DPO, from pairs, at DPO's temperature", "exo-e119", "dpo"),
-    ("EXO above DPO, from rewards", "exo-rw-k4", "dpo-rw-k4"),
-    ("rewards above pairs, by EXO", "exo-rw-k4", "exo"),
-    ("six labels per prompt above one, by EXO", "exo-rw-k4-6pairs", "exo-rw-k4"),
-    ("Adam's epsilon, EXO from pairs", "exo", "exo-adam8"),
-    ("Adam's epsilon, EXO from rewards", "exo-rw-k4", "exo-rw-k4-adam8"),
-    ("Adam's epsilon, DPO from rewards", "dpo-rw-k4", "dpo-rw-k4-adam8"),
-    ("rounds above offline EXO", "exo-rw-k4-rounds8", "exo-rw-k4"),
-    ("rounds above PPO, as many responses", "exo-rw-k4-rounds40", "ppo"),      # tiny
-    ("rounds above PPO, as many responses", "exo-rw-k4-rounds20", "ppo"),      # imdb-mini
-    ("XPO above online DPO", "xpo", "xpo-online")]
+CLAIMS = {                                                # named before the runs
+    "EXO above DPO, from pairs": ("exo", "dpo"),
+    "EXO above DPO, from pairs, at DPO's temperature": ("exo-e119", "dpo"),
+    "EXO above DPO, from rewards": ("exo-rw-k4", "dpo-rw-k4"),
+    "rewards above pairs, by EXO": ("exo-rw-k4", "exo"),
+    "Adam's epsilon, EXO from pairs": ("exo", "exo-adam8"),
+    "Adam's epsilon, EXO from rewards": ("exo-rw-k4", "exo-rw-k4-adam8"),
+    "Adam's epsilon, DPO from rewards": ("dpo-rw-k4", "dpo-rw-k4-adam8"),
+    "rounds above offline EXO": ("exo-rw-k4-rounds8", "exo-rw-k4"),
+    "rounds above PPO, as many responses": ("exo-rw-k4-rounds40", "ppo"),
+    "XPO above online DPO": ("xpo", "xpo-online")}
 T90 = {2: 6.314, 3: 2.920, 4: 2.353, 5: 2.132, 6: 2.015, 7: 1.943, 8: 1.895, 9: 1.860, 10: 1.833}
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
@@ -45,7 +44,7 @@ def pipeline(folder):
         steps = read(folder / row["run"] / "eval.csv")
         path = np.array([(float(step["kl"]), float(step["reward"])) for step in steps])
         path[:, 1] -= path[0, 1]
-        beta = float(row["own_beta"])
+        beta = float(row["own_beta"])                     # the same in all rows: best of n has it, too
         paths[row["run"].rpartition("-s")[0]] = path, beta, float(row.get("faulty", "nan"))
     for line in ("best of n", "best of n by the reward model"):
         for i in (1, 2, 3, 4):
@@ -79,7 +78,10 @@ def sign_flip_p(x):
 
 
 def more_pipelines(x, claims):
-    """About how many more would decide: 2 standard errors to 0 or to 5 points; a sign-flip test of all."""
+    """About how many more pipelines would decide a claim of (n,) differences, one of `claims` claims.
+
+    Two standard errors must reach from the mean to 0 or to 5 points, and 2^n signs be enough for Holm.
+    """
     mean = abs(np.mean(x))
     enough = (2 * np.std(x, ddof=1) / max(mean, 0.05 - mean)) ** 2
     return math.ceil(max(enough, math.log2(2 * claims / 0.05), len(x) + 1)) - len(x)
@@ -101,6 +103,7 @@ def verdicts(differences):
 
 
 def main(folders):
+    """Prints the alignments' table and the claims' table, in Markdown."""
     pipelines = [pipeline(Path(folder)) for folder in folders]
     print("| | pipelines | gain in J | median | runaways | reward | KL, nats | faulty |\n" + "|---" * 8 + "|")
     for name in dict.fromkeys(name for each in pipelines for name in each):
@@ -112,7 +115,7 @@ def main(folders):
                f"{runaways:.0%} | {reward:+.2f} | {kl:.2f} | {faulty:.1%} |")
         print(row.replace("nan%", "–"))
     in_J, at_kl = {}, {}
-    for claim, ours, theirs in CLAIMS:
+    for claim, (ours, theirs) in CLAIMS.items():
         both = [(each[ours], each[theirs]) for each in pipelines if ours in each and theirs in each]
         if len(both) > 1:
             in_J[claim] = np.array([a["J"] - b["J"] for a, b in both])

@@ -38,19 +38,20 @@ def read(path):
 def pipeline(folder):
     """A run folder -> {alignment: its path and the limit, (n, 2) of KL and gain; what it has at the end}"""
     lines, paths, found = {}, {}, {}
+    table = read(folder / "table.csv")
+    beta = float(table[0]["own_beta"])                    # the same in all rows
     for row in read(folder / "frontier.csv"):
         lines.setdefault(row["line"], []).append((float(row["kl"]), float(row["gain"])))
-    for row in read(folder / "table.csv"):
+    for row in table:
         steps = read(folder / row["run"] / "eval.csv")
         path = np.array([(float(step["kl"]), float(step["reward"])) for step in steps])
         path[:, 1] -= path[0, 1]
-        beta = float(row["own_beta"])                     # the same in all rows: best of n has it, too
-        paths[row["run"].rpartition("-s")[0]] = path, beta, float(row.get("faulty", "nan"))
+        paths[row["run"].rpartition("-s")[0]] = path, float(row.get("faulty", "nan"))
     for line in ("best of n", "best of n by the reward model"):
         for i in (1, 2, 3, 4):
-            paths[line.replace("n", str(2 ** i), 1)] = np.array(lines[line][:i + 1]), beta, np.nan
+            paths[line.replace("n", str(2 ** i), 1)] = np.array(lines[line][:i + 1]), np.nan
     limit = np.array(lines["the limit"])
-    for name, (path, beta, faulty) in paths.items():
+    for name, (path, faulty) in paths.items():
         J, best_J = (points[:, 1] - beta * points[:, 0] for points in (path, limit))
         runaway = path[-1, 0] > 1.5 * limit[best_J.argmax(), 0]
         found[name] = {"path": path, "limit": limit, "J": J[-1] / best_J.max(), "runaway": runaway,

@@ -61,21 +61,23 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             for p in group["params"]:
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                momentum.lerp_(p.grad, 0.05)
+                state = self.state[p]
+                if not state:
+                    state["momentum"] = torch.zeros_like(p)
+                momentum = state["momentum"].lerp_(p.grad, 0.05)
                 size = 0.2 * max(p.shape) ** 0.5             # steps of AdamW's size, so one rate serves both
                 p.sub_(group["lr"] * size * orthogonal(p.grad.lerp(momentum, 0.95)))
 
 
 def orthogonal(g):
-    """U V^T of g = U S V^T, nearly: five Newton-Schulz steps bring all singular values to 0.7 to 1.2."""
-    x = g / g.norm().clamp(min=1e-7)
+    """U V^T of g = U S V^T, nearly: five Newton-Schulz steps bring all but tiny singular values near 1."""
     if g.size(0) > g.size(1):
-        x = x.T                                           # the smaller of X X^T and X^T X
+        return orthogonal(g.T).T                          # the smaller of X X^T and X^T X
+    x = g / g.norm().clamp(min=1e-7)
     for _ in range(5):
         square = x @ x.T
         x = 3.4445 * x + (2.0315 * square @ square - 4.7750 * square) @ x                # Muon's coefficients
-    return x.T if g.size(0) > g.size(1) else x
+    return x
 
 
 def muon(gpt):

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 import model
-from loop import UserError, muon, read_json, write_json
+from loop import Muon, UserError, muon, read_json, write_json
 from model import GPT, GPTConfig, ScalarGPT, generate, respond, sample, sequence_logprob, token_logprob
 
 EOS = 12                                            # of the fixture gpt: 13 words, 24 positions
@@ -102,24 +102,39 @@ def test_rows_beyond_the_tokenizers_are_cut(gpt):
 
 # ---- Muon ------------------------------------------------------------------------------------------------
 
-def test_muon_steps_like_torchs_and_adamw_takes_the_rest():
-    """Up to bfloat16, in which torch.optim.Muon works: its steps have 8 bits."""
+def test_muon_turns_a_matrix_alike_in_all_directions_and_adamw_takes_the_rest():
+    """Its first step on a matrix is near U V^T of the gradient's decomposition, as long as AdamW's."""
     torch.manual_seed(0)
     gpt = GPT(GPTConfig(2, 2, 16, 13, 24))
-    ours, others = muon(gpt)
-    matrices = ours.param_groups[0]["params"]
-    assert len(matrices) == 8 and len(others.param_groups[0]["params"]) + 8 == len(list(gpt.parameters()))
-    theirs = [torch.nn.Parameter(p.detach().clone()) for p in matrices]
-    before = [p.detach().clone() for p in matrices]
-    torchs = torch.optim.Muon(theirs, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
-    for _ in range(3):
-        for p, q in zip(matrices, theirs):
-            p.grad = torch.randn_like(p)
-            q.grad = p.grad.clone()
-        ours.step()
-        torchs.step()
-    for p, q, start in zip(matrices, theirs, before):
-        assert (p - q).norm() < 0.03 * (q - start).norm()
+    matrices, others = muon(gpt)
+    counts = [sum(len(group["params"]) for group in each.param_groups) for each in (matrices, others)]
+    assert counts[0] == 8 and sum(counts) == len(list(gpt.parameters()))
+    before = gpt.h[0].mlp.c_fc.weight.detach().clone()
+    embedding = gpt.wte.weight.detach().clone()
+    ids = random_ids(64, 12)
+    token_logprob(gpt, ids, (torch.arange(12) > 0).expand(64, 12)).mean().neg().backward()
+    matrices.step()
+    others.step()
+    turned = torch.linalg.svdvals(before - gpt.h[0].mlp.c_fc.weight.detach())            # (16,)
+    size = turned / (1e-3 * 0.2 * 64 ** 0.5)
+    assert 0.6 < size[:-1].min() and size.max() < 1.3           # but for where the gradient is nearly 0
+    assert (embedding - gpt.wte.weight.detach()).abs().median() == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_muon_steps_like_torchs():
+    """Up to bfloat16, in which torch.optim.Muon works: its steps have 8 bits."""
+    torch.manual_seed(0)
+    for shape in ((16, 64), (64, 16)):
+        start = torch.randn(shape)
+        ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
+        optimizers = [Muon([ours]),
+                      torch.optim.Muon([theirs], weight_decay=0.0, adjust_lr_fn="match_rms_adamw")]
+        for _ in range(3):
+            ours.grad = torch.randn(shape)
+            theirs.grad = ours.grad.clone()
+            for optimizer in optimizers:
+                optimizer.step()
+        assert (ours - theirs).norm() < 0.03 * (theirs - start).norm()
 
 
 # ---- the scalar head -------------------------------------------------------------------------------------
